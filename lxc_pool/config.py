@@ -1,0 +1,220 @@
+"""The service's configuration: the keys of API.md, their defaults, and the reading of the TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lxc_pool.errors import ConfigError
+
+DEFAULT_CONFIG = Path("/etc/lxc-pool.toml")
+DEFAULT_HOST_DIR = Path("/run/lxc-pool")
+DEFAULT_STATE_DIR = Path("/var/lib/lxc-pool")
+
+MAX_LANES = 5
+"""Lanes unless configured otherwise, however many CPUs there are. Origin: the ancestor's limit."""
+
+MAX_SIZE = 1000
+"""Warm containers of one pool at most. Origin: liblxc needs about 25 cgroup directories for each."""
+
+_PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProfileConfig:
+    """What one kind of container is made of.
+
+    Attributes:
+        size: Warm containers to keep.
+        probe: A command that has to succeed inside before the container counts as warm; empty: that its init has
+            been executed and is alive.
+    """
+
+    name: str
+    size: int
+    image: str = "busybox"
+    network: str = "empty"
+    probe: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """A whole configuration, checked.
+
+    Attributes:
+        workers: Lanes, that is, creations and removals under way at once.
+        create_timeout: Seconds that a clone, start and probe may take together.
+        image_timeout: Seconds that the building of an image may take.
+        confirm_timeout: Seconds that a client may take to confirm a hand-off.
+        group: The group that may use the service, if the host has it.
+    """
+
+    profiles: tuple[ProfileConfig, ...]
+    workers: int
+    create_timeout: float = 30.0
+    image_timeout: float = 600.0
+    confirm_timeout: float = 5.0
+    group: str = "lxc-pool"
+
+    def profile(self, name: str) -> ProfileConfig:
+        """Return the profile called *name*.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        for profile in self.profiles:
+            if profile.name == name:
+                return profile
+        names = ", ".join(profile.name for profile in self.profiles)
+        raise ValueError(f"unknown profile {name!r}; the service has: {names}")
+
+
+def load(path: Path | None = None, *, size: int | None = None) -> Config:
+    """Read the configuration.
+
+    Args:
+        path: The TOML file, which must exist; None for `/etc/lxc-pool.toml` if it exists, else the defaults.
+        size: Overrides the size of the default profile, or of the only one.
+
+    Raises:
+        ConfigError: The file can't be read or parsed, has an unknown key, or a value that is not allowed.
+    """
+    if path is None:
+        if not DEFAULT_CONFIG.exists():
+            return parse("", origin="defaults", size=size)
+        path = DEFAULT_CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read the configuration {path}: {error}") from error
+    return parse(text, origin=str(path), size=size)
+
+
+def parse(text: str, *, origin: str, size: int | None = None) -> Config:
+    """Make a Config of TOML *text*; *origin* names it in errors. See `load`."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin}: not valid TOML: {error}") from error
+    top = _Table(document, origin, "", text)
+    top.only("pool", "access", "profile")
+    pool, access = top.table("pool"), top.table("access")
+    pool.only("size", "workers", "create_timeout", "image_timeout", "confirm_timeout")
+    access.only("group")
+    default_size = pool.integer("size", 5, 1, MAX_SIZE)
+    if size is not None:
+        default_size = check_size(size)
+    return Config(
+        profiles=_profiles(top.table("profile"), default_size, override=size is not None),
+        workers=pool.integer("workers", min(os.cpu_count() or 1, MAX_LANES), 1, 64),
+        create_timeout=pool.seconds("create_timeout", 30.0),
+        image_timeout=pool.seconds("image_timeout", 600.0),
+        confirm_timeout=pool.seconds("confirm_timeout", 5.0),
+        group=access.string("group", "lxc-pool"),
+    )
+
+
+def check_size(size: object) -> int:
+    """Return *size* if a pool can have it.
+
+    Raises:
+        ConfigError: It is not an integer from 1 to 1000.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
+        raise ConfigError(f"size must be an integer from 1 to {MAX_SIZE}, not {size!r}")
+    return size
+
+
+def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[ProfileConfig, ...]:
+    names = list(table.values) or ["default"]
+    main = "default" if "default" in names else names[0]
+    profiles = []
+    for name in names:
+        if not _PROFILE_NAME.fullmatch(name):
+            raise table.error(name, "a profile's name is 1 to 32 of a-z, 0-9, - and _")
+        keys = table.table(name)
+        keys.only("image", "size", "network", "probe")
+        size = keys.integer("size", default_size if name == main else 1, 1, MAX_SIZE)
+        profiles.append(
+            ProfileConfig(
+                name=name,
+                size=default_size if override and name == main else size,
+                image=keys.string("image", "busybox"),
+                network=keys.choice("network", "empty", ("empty",)),
+                probe=keys.strings("probe"),
+            )
+        )
+    return tuple(profiles)
+
+
+class _Table:
+    """One TOML table, with the words for its errors."""
+
+    def __init__(self, values: Mapping[str, Any], origin: str, path: str, text: str) -> None:
+        self.values = values
+        self._origin = origin
+        self._path = path
+        self._text = text
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        dotted = f"{self._path}.{key}" if self._path else key
+        line = self._line(key)
+        return ConfigError(f"{self._origin}{f', line {line}' if line else ''}: {dotted}: {problem}")
+
+    def only(self, *known: str) -> None:
+        for key in self.values:
+            if key not in known:
+                raise self.error(key, f"unknown key; known here: {', '.join(known)}")
+
+    def table(self, key: str) -> _Table:
+        value = self.values.get(key, {})
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be a table, not {value!r}")
+        return _Table(value, self._origin, f"{self._path}.{key}" if self._path else key, self._text)
+
+    def integer(self, key: str, default: int, least: int, most: int) -> int:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(key, f"must be an integer from {least} to {most}, not {value!r}")
+        return value
+
+    def seconds(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 86400:
+            raise self.error(key, f"must be a number of seconds above 0 and up to 86400, not {value!r}")
+        return float(value)
+
+    def string(self, key: str, default: str) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str) or not value or not value.isprintable():
+            raise self.error(key, f"must be a string of printable characters, not {value!r}")
+        return value
+
+    def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
+        value = self.string(key, default)
+        if value not in allowed:
+            raise self.error(key, f"must be one of {', '.join(allowed)}, not {value!r}")
+        return value
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        value = self.values.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            raise self.error(key, f"must be a list of strings, not {value!r}")
+        return tuple(value)
+
+    def _line(self, key: str) -> int | None:
+        """Find the line of *key* in this table; tomllib keeps no positions."""
+        table = ""
+        for number, line in enumerate(self._text.splitlines(), 1):
+            if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
+                table = header[1].replace('"', "").replace(" ", "")
+                if table == (f"{self._path}.{key}" if self._path else key):
+                    return number
+            elif table == self._path and re.match(rf"\s*\"?{re.escape(key)}\"?\s*[=.]", line):
+                return number
+        return None

@@ -1,0 +1,161 @@
+"""The plain data that client and service share: names of states, ids, and what `status` and `ls` report."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+import time
+from typing import Any, NamedTuple
+
+MAX_ID_LENGTH = 128
+"""Characters in an id once it is written out. Origin: the public contract."""
+
+
+class State(enum.StrEnum):
+    """What a container of the pool is doing; `service/lifecycle.py` has the moves between states."""
+
+    BUILDING = "building"
+    WARM = "warm"
+    RESERVED = "reserved"
+    LEASED = "leased"
+    REAPING = "reaping"
+    STUCK = "stuck"
+
+
+class ContainerId(NamedTuple):
+    """Name a lease after the test job that asks for it.
+
+    Attributes:
+        job_id: The caller's name for the job.
+        creation_time: When the id was made, in whole seconds since the epoch.
+        pid: The process that made it.
+    """
+
+    job_id: str
+    creation_time: int
+    pid: int
+
+    @classmethod
+    def create(cls, job_id: str | int) -> ContainerId:
+        """Make an id for *job_id* from now and this process."""
+        return cls(str(job_id), int(time.time()), os.getpid())
+
+    def __str__(self) -> str:
+        """Return `test_<job_id>_<creation_time>_<pid>`."""
+        return f"test_{self.job_id}_{self.creation_time}_{self.pid}"
+
+
+LeaseId = ContainerId | str | int
+"""What a caller may name a lease with: data only, never part of a path, need not be unique."""
+
+
+def check_id(value: object) -> LeaseId:
+    """Return *value* if it can be a lease's id.
+
+    Raises:
+        TypeError: It is not a ContainerId, a str or an int.
+        ValueError: Written out, it is empty, has more than 128 characters, or one that is not printable; or it is an
+            int of more than 64 bits.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, ContainerId)):
+        raise TypeError(f"id must be a ContainerId, a str or an int, not {value!r}")
+    if isinstance(value, ContainerId):
+        check_id(value.job_id)
+        for field, part in (("creation_time", value.creation_time), ("pid", value.pid)):
+            if isinstance(part, bool) or not isinstance(part, int):
+                raise TypeError(f"id.{field} must be an int, not {part!r}")
+            check_id(part)
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise ValueError(f"id must fit in 64 bits, not {value!r}")
+    text = str(value)
+    if not text or len(text) > MAX_ID_LENGTH or not text.isprintable():
+        raise ValueError(f"id must be 1 to {MAX_ID_LENGTH} printable characters, not {text[:200]!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProfileStatus:
+    """The counts of one profile."""
+
+    capacity: int
+    size: int
+    building: int
+    reserved: int
+    leased: int
+    reaping: int
+    stuck: int
+    waiting: int
+    image: str | None
+    """The image version that new containers are cloned from, `name:version`; None until it is there."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """What the service says of itself.
+
+    Attributes:
+        running: False while the service is draining to end.
+        uptime: Seconds since the service began.
+        capacity: Warm containers that the pool keeps.
+        size: Containers that are warm now.
+        waiting: Callers that wait for a container now.
+        error_count: Creations and removals that have failed since the service began.
+        last_error: The newest failure, in the engine's own words; None if there was none.
+        backoff: Seconds until creation is tried again after failures; 0 when it is not held back.
+    """
+
+    running: bool
+    socket_path: str
+    pid: int
+    uptime: float
+    capacity: int
+    size: int
+    building: int
+    reserved: int
+    leased: int
+    reaping: int
+    stuck: int
+    waiting: int
+    worker_count: int
+    client_count: int
+    error_count: int
+    last_error: str | None
+    backoff: float
+    draining: bool
+    profiles: dict[str, ProfileStatus]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the same as dicts, lists, str, int, float, bool and None."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ContainerInfo:
+    """One container of the pool.
+
+    Attributes:
+        id: What the lease was named by its owner; None if not leased, or another user's.
+        owner_pid: The process that holds the lease; None as for `id`, or after `keep`.
+        age: Seconds since the container came up, or since its building began.
+        init_pid: The pid, on the host, of the container's init; None until it runs.
+        reason: Why the container is where it is, if that is not the usual way.
+    """
+
+    name: str
+    profile: str
+    state: State
+    id: LeaseId | None
+    owner_pid: int | None
+    owner_uid: int | None
+    age: float
+    init_pid: int | None
+    reason: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the same as plain types; a ContainerId is written out as a string."""
+        fields = dataclasses.asdict(self)
+        fields["state"] = str(self.state)
+        if isinstance(self.id, ContainerId):
+            fields["id"] = str(self.id)
+        return fields
