@@ -1,0 +1,1 @@
+"""What the host has: its requirements, control groups, mounts, and the residue that containers leave."""

@@ -1,0 +1,232 @@
+"""Find out what a host lacks for a pool of containers, and name the fix. Nothing is changed and nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lxc_pool.errors import ImageError
+from lxc_pool.host import cgroups
+from lxc_pool.images import busybox
+
+_MIN_KERNEL = (5, 8)
+"""pidfd_open is 5.3, setns with a pidfd 5.8. Source: pidfd_open(2), setns(2)."""
+
+_IDMAP_KERNEL = (5, 19)
+"""Overlay over an idmapped lower directory. Source: mount_setattr(2); Linux commit bc70682a497c."""
+
+_MIN_LXC = (4, 0)
+"""The first with `lxc.payload.NAME` and `lxc.monitor.NAME` cgroups. Source: release notes of LXC 4.0."""
+
+_MIN_DESCRIPTORS = 4096
+"""Open files a service of some hundred containers may need: 1024 are too few for 1 000 (measured); a guess above it."""
+
+_GOOD_INOTIFY = 1024
+"""inotify instances of one user, those of its containers included. A guess; Linux's own is 128."""
+
+_TIMEOUT = 5.0
+"""Seconds for a program that takes some milliseconds."""
+
+_OVERLAY = """\
+mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged &&
+rm merged/old && : >merged/new"""
+"""Removing a file of the lower directory is what an upper one must support beyond holding files."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Requirement:
+    """One thing that a host should have.
+
+    Attributes:
+        ok: Whether it has.
+        detail: What was found.
+        fix: What to do; empty if there is nothing to do.
+        advice: The pool works without it, though not as well.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+    advice: bool = False
+
+
+def check(state_dir: Path) -> tuple[Requirement, ...]:
+    """Look at everything that the service needs on this host; about 20 ms.
+
+    Args:
+        state_dir: Where containers and images would be; it need not exist yet.
+    """
+    return (
+        kernel(os.uname().sysname, os.uname().release),
+        root(),
+        lxc_programs(),
+        python_binding(),
+        static_busybox(),
+        control_groups(),
+        overlay(state_dir),
+        user_namespaces(),
+        descriptors(),
+        inotify(),
+    )
+
+
+def kernel(system: str, release: str) -> Requirement:
+    """Check the kernel's version, given as uname(2) has it."""
+    found = f"{system} {release}"
+    version = _version(release)
+    if system != "Linux" or version < _MIN_KERNEL:
+        return Requirement("kernel", False, found, "use Linux 5.8 or later (pidfds for setns)")
+    if version < _IDMAP_KERNEL:
+        fix = "use Linux 5.19 or later, or privileged containers only (overlay over idmapped mounts)"
+        return Requirement("kernel", False, found, fix, advice=True)
+    return Requirement("kernel", True, found)
+
+
+def root() -> Requirement:
+    """Check that this process is root, as the service must be."""
+    uid = os.geteuid()
+    return Requirement("root", uid == 0, f"uid {uid}", "" if uid == 0 else "run the service, and this check, as root")
+
+
+def lxc_programs() -> Requirement:
+    """Check that `lxc-start`, `lxc-stop` and `lxc-attach` are there, and their version."""
+    fix = "apt-get install lxc"
+    missing = [program for program in ("lxc-start", "lxc-stop", "lxc-attach") if shutil.which(program) is None]
+    if missing:
+        return Requirement("lxc", False, f"not found: {', '.join(missing)}", fix)
+    answer = _run(["lxc-start", "--version"])
+    if answer.returncode != 0:
+        return Requirement("lxc", False, f"lxc-start --version: {answer.stderr.strip()}", fix)
+    found = answer.stdout.strip()
+    if _version(found) < _MIN_LXC:
+        return Requirement("lxc", False, f"liblxc {found}", "install LXC 4.0 or later")
+    return Requirement("lxc", True, f"liblxc {found}")
+
+
+def python_binding() -> Requirement:
+    """Check that Python finds the binding of liblxc, without loading liblxc into this process."""
+    specs = [importlib.util.find_spec(module) for module in ("lxc", "_lxc")]
+    if any(spec is None or spec.origin is None for spec in specs):
+        fix = "apt-get install gcc pkg-config lxc-dev python3-dev, then pip install 'lxc-pool[server]'"
+        return Requirement("python-lxc", False, f"{sys.executable} finds no module lxc", fix)
+    return Requirement("python-lxc", True, str(specs[1] and specs[1].origin))
+
+
+def static_busybox() -> Requirement:
+    """Check that the busybox base image can be built."""
+    try:
+        return Requirement("busybox", True, f"{busybox.find()} is static")
+    except ImageError as error:
+        return Requirement("busybox", False, str(error), "apt-get install busybox-static")
+
+
+def control_groups() -> Requirement:
+    """Check that cgroups are mounted, and say in which layout."""
+    trees = cgroups.hierarchies()
+    found = cgroups.layout(trees)
+    if found is cgroups.Layout.NONE:
+        return Requirement("cgroups", False, "not mounted", "mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    return Requirement("cgroups", True, f"{found}, {len(trees)} mounted")
+
+
+def overlay(state_dir: Path) -> Requirement:
+    """Check that an overlay can be mounted whose upper directory is on the file system of *state_dir*.
+
+    It is tried in a mount namespace of a child's own, so that the mount can't outlive it.
+    """
+    if os.geteuid() != 0:
+        return Requirement("overlay", False, "can't be tried without root", "run this check as root")
+    place = next(path for path in (state_dir.absolute(), *state_dir.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".lxc-pool-check-", dir=place) as scratch:
+            for name in ("lower", "upper", "work", "merged"):
+                (Path(scratch) / name).mkdir()
+            (Path(scratch) / "lower/old").touch()
+            # Relative to the working directory: a comma or colon in the path would break the options.
+            tried = _run(["unshare", "--mount", "--propagation", "private", "sh", "-c", _OVERLAY], cwd=scratch)
+    except OSError as error:
+        return Requirement("overlay", False, f"{place}: {error}", "use a state dir that root can write to")
+    if tried.returncode != 0:
+        reason = " ".join(tried.stderr.split())
+        fix = "put the state dir (--state-dir) on ext4, xfs, btrfs or tmpfs, not on an overlay or NFS"
+        if reason.startswith("unshare:"):
+            fix = "allow mounting here: CAP_SYS_ADMIN, in Docker --privileged"
+        elif not _knows_overlay():
+            fix = "modprobe overlay, or use a kernel with CONFIG_OVERLAY_FS"
+        return Requirement("overlay", False, f"no overlay with its upper directory in {place}: {reason}", fix)
+    return Requirement("overlay", True, f"works in {place}")
+
+
+def user_namespaces() -> Requirement:
+    """Check that unprivileged containers are possible."""
+    limit = _number("/proc/sys/user/max_user_namespaces")
+    if not os.path.exists("/proc/self/ns/user") or limit is None:
+        return Requirement("user namespaces", False, "not in this kernel", "use a kernel with CONFIG_USER_NS=y")
+    if limit == 0:
+        return Requirement("user namespaces", False, "none allowed", "sysctl user.max_user_namespaces=15000")
+    return Requirement("user namespaces", True, f"up to {limit}")
+
+
+def descriptors() -> Requirement:
+    """Check how many files this process may open at most."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < _MIN_DESCRIPTORS:
+        fix = "raise the hard limit: ulimit -Hn 65536, or LimitNOFILE=65536 in the service's unit"
+        return Requirement("descriptors", False, f"hard limit {hard}", fix)
+    return Requirement("descriptors", True, f"hard limit {'none' if hard == resource.RLIM_INFINITY else hard}")
+
+
+def inotify() -> Requirement:
+    """Check that containers together may watch enough files."""
+    limit = _number("/proc/sys/fs/inotify/max_user_instances")
+    if limit is None:
+        fix = "use a kernel with CONFIG_INOTIFY_USER=y"
+        return Requirement("inotify", False, "not in this kernel", fix, advice=True)
+    if limit < _GOOD_INOTIFY:
+        fix = f"sysctl fs.inotify.max_user_instances={_GOOD_INOTIFY * 8}"
+        return Requirement("inotify", False, f"{limit} instances for all containers", fix, advice=True)
+    return Requirement("inotify", True, f"{limit} instances")
+
+
+def _run(command: list[str], cwd: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run *command*; one that can't run, or takes too long, is one that failed."""
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    try:
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 127, "", str(error))
+
+
+def _knows_overlay() -> bool:
+    """Tell whether the kernel has overlay; trying to mount one has loaded the module if there is one."""
+    return any(line.split()[-1:] == ["overlay"] for line in Path("/proc/filesystems").read_text("ascii").splitlines())
+
+
+def _version(text: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,220 @@
+"""What `lxc-pool check` finds out about a host, and that looking leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lxc_pool.errors import ImageError
+from lxc_pool.host import cgroups, requirements
+from lxc_pool.images import busybox
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def answer(returncode: int, stdout: str = "", stderr: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess([], returncode, stdout, stderr)
+
+
+def test_each_failure_names_its_fix_and_each_success_none(tmp_path: Path) -> None:
+    found = requirements.check(tmp_path)
+    assert len({requirement.name for requirement in found}) == len(found)
+    for requirement in found:
+        assert requirement.detail
+        assert bool(requirement.fix) is not requirement.ok, requirement
+
+
+def test_looking_takes_less_than_half_a_second_and_leaves_nothing(tmp_path: Path) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    durations = []
+    for _ in range(3):
+        began = time.monotonic()
+        requirements.check(tmp_path / "not/there/yet")
+        durations.append(time.monotonic() - began)
+    assert min(durations) < 0.5  # the others may have met a busy machine
+    assert list(tmp_path.iterdir()) == []
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_looking_does_not_load_liblxc() -> None:
+    program = (
+        "import sys; from pathlib import Path; from lxc_pool.host import requirements\n"
+        "requirements.check(Path('/tmp')); assert not {'lxc', '_lxc'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "ok", "advice"),
+    [
+        ("Linux", "6.1.0-18-amd64", True, False),
+        ("Linux", "5.19", True, False),
+        ("Linux", "5.10.0-28", False, True),
+        ("Linux", "5.4.0", False, False),
+        ("Linux", "unknown", False, False),
+        ("Darwin", "23.4.0", False, False),
+    ],
+)
+def test_a_kernel_is_judged_by_its_version(system: str, release: str, ok: bool, advice: bool) -> None:
+    found = requirements.kernel(system, release)
+    assert (found.ok, found.advice) == (ok, advice)
+    assert release in found.detail
+
+
+def test_another_user_than_root_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "as root" in requirements.root().fix
+    assert "as root" in requirements.overlay(tmp_path).fix
+
+
+def test_missing_lxc_programs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda program: None if program == "lxc-attach" else program)
+    found = requirements.lxc_programs()
+    assert (found.ok, found.detail, found.fix) == (False, "not found: lxc-attach", "apt-get install lxc")
+
+
+@pytest.mark.parametrize(
+    ("reply", "detail"),
+    [
+        (answer(0, "3.0.4\n"), "liblxc 3.0.4"),
+        (answer(127, stderr="liblxc.so.1: cannot open shared object file\n"), "lxc-start --version: liblxc.so.1"),
+    ],
+)
+def test_old_or_broken_lxc_programs_are_reported(
+    monkeypatch: pytest.MonkeyPatch, reply: subprocess.CompletedProcess[str], detail: str
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr(requirements, "_run", lambda _command: reply)
+    found = requirements.lxc_programs()
+    assert not found.ok
+    assert found.detail.startswith(detail)
+
+
+def test_current_lxc_programs_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr(requirements, "_run", lambda _command: answer(0, "6.0.4\n"))
+    assert requirements.lxc_programs() == requirements.Requirement("lxc", True, "liblxc 6.0.4")
+
+
+def test_a_binding_that_python_does_not_find_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert "lxc-dev" in requirements.python_binding().fix
+
+
+def test_a_directory_called_lxc_is_no_binding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "lxc").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert not requirements.python_binding().ok
+
+
+def test_a_missing_busybox_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find() -> Path:
+        raise ImageError("no static busybox")
+
+    monkeypatch.setattr(busybox, "find", find)
+    assert requirements.static_busybox().fix == "apt-get install busybox-static"
+
+
+def test_a_host_without_cgroups_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "hierarchies", lambda: ())
+    assert "mount -t cgroup2" in requirements.control_groups().fix
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["plain", "comma,colon:blank "])
+def test_an_overlay_works_whatever_the_state_dir_is_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    found = requirements.overlay(tmp_path / name)
+    assert found.ok, found
+    assert list((tmp_path / name).iterdir()) == []
+
+
+@needs_root
+def test_an_overlay_is_no_place_for_upper_directories(tmp_path: Path) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    program = (
+        "import sys; from pathlib import Path; from lxc_pool.host import requirements\n"
+        "found = requirements.overlay(Path(sys.argv[1])); print(found.ok, found.fix)"
+    )
+    script = 'mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged && exec "$@"'
+    checked = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", program, str(tmp_path / "merged")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(requirements.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert checked.stdout.startswith("False put the state dir (--state-dir) on ext4")
+    assert list((tmp_path / "upper").iterdir()) == []
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("stderr", "known", "fix"),
+    [
+        ("unshare: unshare failed: Operation not permitted", True, "CAP_SYS_ADMIN"),
+        ("mount: unknown filesystem type 'overlay'.", False, "modprobe overlay"),
+        ("mount: wrong fs type", True, "--state-dir"),
+    ],
+)
+def test_why_an_overlay_fails_decides_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, known: bool, fix: str
+) -> None:
+    monkeypatch.setattr(requirements, "_run", lambda _command, cwd: answer(32, stderr=f"{stderr}\n"))  # noqa: ARG005
+    monkeypatch.setattr(requirements, "_knows_overlay", lambda: known)
+    found = requirements.overlay(tmp_path)
+    assert stderr in found.detail
+    assert fix in found.fix
+
+
+@needs_root
+def test_a_state_dir_that_can_not_be_written_is_reported() -> None:
+    found = requirements.overlay(Path("/proc/sys"))
+    assert not found.ok
+    assert "can write" in found.fix
+
+
+def test_the_kernel_knows_overlay_once_one_was_mounted() -> None:
+    assert isinstance(requirements._knows_overlay(), bool)
+
+
+@pytest.mark.parametrize(("limit", "ok"), [(None, False), (0, False), (15000, True)])
+def test_user_namespaces_need_a_limit_above_zero(monkeypatch: pytest.MonkeyPatch, limit: int | None, ok: bool) -> None:
+    monkeypatch.setattr(requirements, "_number", lambda _path: limit)
+    found = requirements.user_namespaces()
+    assert (found.ok, bool(found.fix)) == (ok, not ok)
+
+
+@pytest.mark.parametrize(("hard", "ok"), [(1024, False), (65536, True), (resource.RLIM_INFINITY, True)])
+def test_the_hard_limit_of_descriptors_is_what_counts(monkeypatch: pytest.MonkeyPatch, hard: int, ok: bool) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (64, hard))
+    found = requirements.descriptors()
+    assert (found.ok, bool(found.fix)) == (ok, not ok)
+
+
+@pytest.mark.parametrize(("limit", "ok"), [(None, False), (128, False), (8192, True)])
+def test_few_inotify_instances_are_advice_only(monkeypatch: pytest.MonkeyPatch, limit: int | None, ok: bool) -> None:
+    monkeypatch.setattr(requirements, "_number", lambda _path: limit)
+    found = requirements.inotify()
+    assert found.ok is ok
+    assert found.ok or found.advice
+
+
+def test_a_program_that_hangs_or_is_missing_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "_TIMEOUT", 0.01)
+    assert requirements._run(["sleep", "60"]).returncode == 127
+    assert requirements._run(["/nonexistent/program"]).returncode == 127
+
+
+def test_a_number_that_is_not_there_is_none(tmp_path: Path) -> None:
+    assert requirements._number(str(tmp_path / "absent")) is None
+    (tmp_path / "word").write_text("max\n")
+    assert requirements._number(str(tmp_path / "word")) is None
