@@ -1,0 +1,1 @@
+"""Base images: immutable, versioned root file systems that containers are cloned from."""
