@@ -1,0 +1,201 @@
+"""The set-up scripts, as far as they can be tried without setting anything up."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.demo_site import Site
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRIES = [ROOT / "scripts" / "demo", ROOT / "scripts" / "test", ROOT / ".ci" / "run"]
+SETUP = ROOT / "scripts" / "lib" / "setup.sh"
+
+
+def os_release(directory: Path, **fields: str) -> Path:
+    path = directory / "os-release"
+    path.write_text("".join(f'{key}="{value}"\n' for key, value in fields.items()), encoding="utf-8")
+    return path
+
+
+def prelude(root: Path) -> str:
+    return f"set -euo pipefail\nroot={root}\n. {SETUP}\n"
+
+
+def bash(script: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", prelude(root) + script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        env={**os.environ, **env},
+    )
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project whose virtual environment's Python only writes down how it is called."""
+    root = tmp_path / "project"
+    executable(root / ".venv" / "bin" / "python", f'#!/bin/sh\necho "$*" >>{root}/calls\n')
+    (root / "pyproject.toml").write_text("one", encoding="utf-8")
+    return root
+
+
+def installs(root: Path) -> int:
+    return (root / "calls").read_text(encoding="utf-8").count("-m pip install")
+
+
+@pytest.mark.parametrize("script", [*ENTRIES, SETUP], ids=lambda path: path.name)
+def test_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("script", ENTRIES, ids=lambda path: path.name)
+def test_script_can_be_executed(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", ENTRIES, ids=lambda path: path.name)
+@pytest.mark.parametrize("known", [True, False], ids=["fedora", "no-os-release"])
+def test_another_distribution_is_told_what_is_needed(script: Path, known: bool, tmp_path: Path) -> None:
+    release = os_release(tmp_path, ID="fedora", PRETTY_NAME="Fedora Linux 43") if known else tmp_path / "missing"
+    done = subprocess.run(
+        [script],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        env={**os.environ, "LXC_POOL_OS_RELEASE": str(release)},
+    )
+    assert done.returncode == 2
+    assert ("Fedora Linux 43" in done.stderr) is known
+    for package in ("lxc", "lxc-dev", "busybox-static", "gcc", "pkg-config", "python3-venv", "iproute2"):
+        assert package in done.stderr
+
+
+@pytest.mark.parametrize(
+    "fields", [{"ID": "debian"}, {"ID": "ubuntu", "ID_LIKE": "debian"}, {"ID": "x", "ID_LIKE": "ubuntu debian"}]
+)
+def test_debian_and_its_kin_are_set_up(fields: dict[str, str], tmp_path: Path) -> None:
+    executable(tmp_path / "bin" / "apt-get", "#!/bin/sh\n")
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = bash("check_distribution", tmp_path, PATH=path, LXC_POOL_OS_RELEASE=str(os_release(tmp_path, **fields)))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_interpreter_that_fails_is_passed_over_for_one_that_works(tmp_path: Path) -> None:
+    version = bash("python3 -c 'import sys; print(\"%d.%d\" % sys.version_info[:2])'", tmp_path).stdout.strip()
+    executable(tmp_path / f"python{version}", "#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
+    done = bash(f"find_interpreter {version}", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0
+    assert done.stdout.startswith("/")
+    assert str(tmp_path) not in done.stdout
+
+
+def test_missing_interpreter_is_not_found(tmp_path: Path) -> None:
+    assert bash("find_interpreter 3.99", tmp_path).returncode == 1
+
+
+def test_interpreters_of_pyenv_come_last_on_path(tmp_path: Path) -> None:
+    executable(tmp_path / "versions" / "3.12.9" / "bin" / "python3", "#!/bin/sh\n")
+    executable(tmp_path / "bin" / "pyenv", f"#!/bin/sh\necho {tmp_path}\n")
+    done = bash('add_pyenv_interpreters; echo "$PATH"', tmp_path, PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    assert done.stdout.strip() == f"{tmp_path}/bin:/usr/bin:/bin:{tmp_path}/versions/3.12.9/bin"
+
+
+def test_second_install_is_skipped_and_says_so(project: Path) -> None:
+    first = bash("venv_install things -e .", project)
+    second = bash("venv_install things -e .", project)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "skipped: things" not in first.stdout
+    assert "skipped: things" in second.stdout
+    assert installs(project) == 1
+
+
+def test_install_is_done_again_once_the_project_file_changes(project: Path) -> None:
+    bash("venv_install things -e .", project)
+    (project / "pyproject.toml").write_text("two", encoding="utf-8")
+    assert bash("venv_install things -e .", project).returncode == 0
+    assert installs(project) == 2
+
+
+def test_install_that_failed_is_taken_again(project: Path) -> None:
+    python = project / ".venv" / "bin" / "python"
+    working = python.read_text(encoding="utf-8")
+    python.write_text('#!/bin/sh\n[ "$1" = -VV ]\n', encoding="utf-8")
+    failed = bash("sleep() { :; }; venv_install things -e .", project)
+    python.write_text(working, encoding="utf-8")
+    assert failed.returncode == 5
+    assert failed.stdout.count("failed (attempt") == 2
+    assert bash("venv_install things -e .", project).returncode == 0
+    assert installs(project) == 1
+
+
+@pytest.fixture
+def waiting_script(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A script in the middle of a step, which has said so."""
+    script = prelude(tmp_path) + "on_signal\nstep bash -c 'sleep 60 & echo $!; wait'\n"
+    with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_ends_a_step_with_its_children(waiting_script: subprocess.Popen[str], signum: signal.Signals) -> None:
+    assert waiting_script.stdout is not None
+    grandchild = os.pidfd_open(int(waiting_script.stdout.readline()))
+    try:
+        waiting_script.send_signal(signum)
+        _, errors = waiting_script.communicate(timeout=30)
+        assert waiting_script.returncode == 128 + signum
+        assert f"ended by {signum.name}" in errors
+        poller = select.poll()
+        poller.register(grandchild, select.POLLIN)  # readable once it has ended
+        assert poller.poll(30_000)
+    finally:
+        os.close(grandchild)
+
+
+def test_sites_of_different_runs_share_no_name() -> None:
+    ours, other = Site.of_this_process(), Site("1-2")
+    for mine, theirs in (
+        (ours.state_dir, other.state_dir),
+        (ours.host_dir, other.host_dir),
+        (ours.lock_dir, other.lock_dir),
+        (ours.cold_name(0), other.cold_name(0)),
+    ):
+        assert mine != theirs
+
+
+def test_site_that_was_never_used_has_no_residue() -> None:
+    site = Site.of_this_process()
+    assert site.residue() == []
+    site.undo()
+    assert site.residue() == []
+
+
+def test_site_is_abandoned_only_once_its_process_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.demo_site._STATE_PARENT", tmp_path)
+    monkeypatch.setattr("scripts.demo_site._HOST_PARENT", tmp_path)
+    live = Site.of_this_process()
+    gone = Site(f"{os.getpid()}-1")  # our pid, but another start time
+    for site in (live, gone):
+        site.state_dir.mkdir()
+    assert list(Site.abandoned()) == [gone]
