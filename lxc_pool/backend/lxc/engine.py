@@ -1,0 +1,164 @@
+"""Clone, start, probe and destroy containers with liblxc, in a lane's worker process.
+
+```
+ worker ── lxc-start (a short-lived child) ── monitor, child of nobody ── init of the container
+```
+
+The start goes through the `lxc-start` program because a daemonized start leaves its caller in the monitor's cgroup, and a
+monitor that is a copy of a Python process is four times as large (both measured).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import lxc
+
+from lxc_pool.backend.lxc import container_config, removal
+from lxc_pool.backend.protocol import Blueprint
+from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
+from lxc_pool.host.processes import ProcessIdentity, has_executed, identify
+from lxc_pool.images.store import Image, ImageStore
+
+log = logging.getLogger(__name__)
+
+_EXEC_PAUSE = 0.0005
+"""Seconds between two looks whether init has been executed. There is no event for that; it nearly always has (measured)."""
+
+_PROBE_PAUSE = 0.05
+"""Seconds between two tries of a profile's probe. A guess: short beside the second or so that services take to come up."""
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9/._+@=-]")
+
+
+class LxcBackend:
+    """A `Backend` that keeps its containers and images below one state dir.
+
+    Attributes:
+        lxcpath: The directory of the containers, in liblxc's sense.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        """Name the state dir; nothing happens yet.
+
+        Raises:
+            ConfigError: The path has a character that liblxc's overlay options can't carry.
+        """
+        if _UNSAFE.search(str(state_dir)) or not state_dir.is_absolute():
+            raise ConfigError(
+                f"the state dir must be an absolute path of A-Z a-z 0-9 / . _ + @ = -, not {str(state_dir)!r}"
+            )
+        self.lxcpath = state_dir / "containers"
+        self._image_directory = state_dir / "images"
+
+    def prepare(self, image_name: str) -> Image:
+        """See `Backend.prepare`."""
+        try:
+            return ImageStore(self._image_directory).ensure(
+                image_name, lambda line: log.info("image %s: %s", image_name, line)
+            )
+        except OSError as error:
+            raise ImageError(f"image {image_name!r} could not be built: {error}") from error
+
+    def create(self, blueprint: Blueprint) -> ProcessIdentity:
+        """See `Backend.create`."""
+        directory = self.lxcpath / blueprint.name
+        try:
+            self._clone(blueprint, directory)
+        except OSError as error:
+            raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
+        self._start(blueprint, directory)
+        init = self._await_init(blueprint, directory)
+        if blueprint.profile.probe:
+            self._probe(blueprint)
+        return init
+
+    def destroy(self, name: str, *, force: bool) -> None:
+        """See `Backend.destroy`."""
+        removal.remove(name, self.lxcpath, force=force)
+
+    def names(self) -> tuple[str, ...]:
+        """See `Backend.names`."""
+        with contextlib.suppress(FileNotFoundError):
+            return tuple(sorted(os.listdir(self.lxcpath)))
+        return ()
+
+    def _clone(self, blueprint: Blueprint, directory: Path) -> None:
+        directory.mkdir(mode=0o755)
+        for part in ("rootfs", "overlay", "overlay/delta", "overlay/work"):
+            (directory / part).mkdir(mode=0o755)
+        # By rename, so that a clone cut short has either no configuration or a whole one.
+        partial = directory / "config.partial"
+        partial.write_text(container_config.render(blueprint, directory), encoding="ascii")
+        partial.rename(directory / "config")
+
+    def _start(self, blueprint: Blueprint, directory: Path) -> None:
+        argv = ["lxc-start", "-P", str(self.lxcpath), "-n", blueprint.name, "-d"]
+        actions = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
+        # init inherits the starter's signal mask and what it ignores; Python ignores SIGPIPE and a worker ignores SIGINT.
+        pid = os.posix_spawnp(
+            argv[0],
+            argv,
+            {"PATH": os.environ.get("PATH", _PATH)},
+            file_actions=actions,
+            setsigmask=(),
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        )
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status != 0:
+            raise StartFailed(f"{blueprint.name} did not start: {words(directory, f'lxc-start ended with {status}')}")
+
+    def _await_init(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
+        """Return the container's init once it runs its own program: the cheapest sign that the container really runs."""
+        try:
+            pid = lxc.Container(blueprint.name, str(self.lxcpath)).init_pid
+            init = identify(pid)
+            while not has_executed(init):
+                if time.monotonic() > blueprint.deadline:
+                    raise StartFailed(
+                        f"{blueprint.name} did not execute its init in time: {words(directory, 'no reason known')}"
+                    )
+                time.sleep(_EXEC_PAUSE)  # there is no event for an exec; see _EXEC_PAUSE
+        except ProcessLookupError as error:
+            raise StartFailed(f"{blueprint.name} stopped at once: {words(directory, 'its init ended')}") from error
+        return init
+
+    def _probe(self, blueprint: Blueprint) -> None:
+        """Run the profile's probe until it succeeds.
+
+        A probe that hangs hangs the lane, which is then killed at its deadline; the container goes with it.
+        """
+        argv = ["lxc-attach", "-P", str(self.lxcpath), "-n", blueprint.name, "--clear-env", "-v", f"PATH={_PATH}", "--"]
+        while True:
+            probe = subprocess.run(
+                [*argv, *blueprint.profile.probe], stdin=subprocess.DEVNULL, capture_output=True, check=False
+            )
+            if probe.returncode == 0:
+                return
+            if time.monotonic() + _PROBE_PAUSE > blueprint.deadline:
+                said = (probe.stderr or probe.stdout).decode(errors="replace").strip()[-500:]
+                raise StartFailed(
+                    f"{blueprint.name} is up but its probe {list(blueprint.profile.probe)} still ends with "
+                    f"{probe.returncode}: {said or 'it says nothing'}"
+                )
+            time.sleep(_PROBE_PAUSE)  # readiness of a foreign program has no event; see _PROBE_PAUSE
+
+
+def words(directory: Path, otherwise: str) -> str:
+    """Return what liblxc logged as errors for the container in *directory*, oldest first; *otherwise* if nothing."""
+    try:
+        lines = (directory / "lxc.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return otherwise
+    # `lxc-start NAME 20240101120000.000 ERROR    start - ../src/lxc/start.c:lxc_spawn:1832 - No such file …`
+    said = [line.split(" - ", 2)[-1].strip() for line in lines if " ERROR " in line]
+    return "; ".join(dict.fromkeys(said))[:1000] or otherwise

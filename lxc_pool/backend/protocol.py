@@ -1,0 +1,61 @@
+"""What the pool asks of a container engine.
+
+Every call may block for as long as the engine does, so it is made in a lane's worker process only; a lane that takes too
+long is killed, at any point, and `destroy` has to be able to clean up after that. Nothing here assumes that containers run
+on this host: a cluster of hosts would be one more implementation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from lxc_pool.config import ProfileConfig
+from lxc_pool.host.processes import ProcessIdentity
+from lxc_pool.images.store import Image
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What a container is to be made of.
+
+    Attributes:
+        name: The engine's name for it; the service's own, never a user's.
+        deadline: Monotonic time by which it has to be up.
+    """
+
+    name: str
+    profile: ProfileConfig
+    image: Image
+    deadline: float
+
+
+class Backend(Protocol):
+    """A container engine. Implementations hold no open resources, so that they can be sent to a worker process."""
+
+    def prepare(self, image_name: str) -> Image:
+        """Return the newest image of that name, building it first if it is one that can be built.
+
+        Raises:
+            ImageError: There is none, or it could not be built.
+        """
+
+    def create(self, blueprint: Blueprint) -> ProcessIdentity:
+        """Clone, start and probe a container; return its init.
+
+        Raises:
+            CloneFailed, StartFailed: It is not up; whatever is there of it is left for `destroy`.
+        """
+
+    def destroy(self, name: str, *, force: bool) -> None:
+        """Stop and remove a container and every trace of it, in whatever state it is; none is as good as gone.
+
+        Args:
+            force: Do not ask the engine, which did not manage before: kill its processes.
+
+        Raises:
+            DestroyFailed: Something of it is still there.
+        """
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all containers, whole or not, that are there of this pool."""

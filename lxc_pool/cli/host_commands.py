@@ -1,0 +1,139 @@
+"""Commands about this host: check, serve, image."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import logging
+import sys
+import time
+from pathlib import Path
+
+from lxc_pool import config
+from lxc_pool.cli.output import Progress, print_json, print_table
+from lxc_pool.errors import ConfigError
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    """Add the commands to the parser."""
+    parser = commands.add_parser("check", parents=[common], help="name each thing that this host lacks, with the fix")
+    _add_state_dir(parser)
+    parser.set_defaults(function=_check)
+    parser = commands.add_parser("serve", parents=[common], help="run the service in the foreground")
+    parser.add_argument(
+        "--config", type=Path, metavar="F", help=f"the configuration (default: {config.DEFAULT_CONFIG})"
+    )
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="warm containers to keep (default: the configuration's, or 5)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
+    _add_state_dir(parser)
+    parser.set_defaults(function=_serve)
+    images = commands.add_parser("image", help="list and build base images").add_subparsers(
+        dest="image_command", metavar="COMMAND", required=True
+    )
+    parser = images.add_parser("ls", parents=[common], help="list every version of every image")
+    _add_state_dir(parser)
+    parser.set_defaults(function=_image_ls)
+    parser = images.add_parser("build", parents=[common], help="build a new version of an image")
+    parser.add_argument("name", metavar="NAME", help="which: busybox")
+    _add_state_dir(parser)
+    parser.set_defaults(function=_image_build)
+
+
+def _add_state_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        default=config.DEFAULT_STATE_DIR,
+        metavar="DIR",
+        help=f"where containers and images are (default: {config.DEFAULT_STATE_DIR})",
+    )
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from lxc_pool.host import requirements  # here and below: what only the server's extra has is not for clients
+
+    found = requirements.check(arguments.state_dir)
+    if arguments.json:
+        print_json([{"name": r.name, "ok": r.ok, "advice": r.advice, "detail": r.detail, "fix": r.fix} for r in found])
+    else:
+        for requirement in found:
+            sign = "ok    " if requirement.ok else "advice" if requirement.advice else "LACKS "
+            print(f"{sign}  {requirement.name}: {requirement.detail}")
+            if not requirement.ok and requirement.fix:
+                print(f"        fix: {requirement.fix}")
+    return 0 if all(requirement.ok or requirement.advice for requirement in found) else 1
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("lxc") is None:
+        raise ConfigError(
+            "the service needs the Python binding of liblxc: install liblxc's headers and a compiler "
+            "(Debian: `apt-get install lxc lxc-dev gcc pkg-config python3-dev`), then `pip install lxc-pool[server]`"
+        )
+    from lxc_pool.backend.lxc.engine import LxcBackend
+    from lxc_pool.service import daemon
+    from lxc_pool.service.lanes import LOG_FORMAT
+
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO, format=LOG_FORMAT, stream=sys.stderr
+    )
+    configuration = config.load(arguments.config, size=arguments.size)
+    state_dir = arguments.state_dir.absolute()
+    backend = LxcBackend(state_dir)
+
+    def ready(socket_path: str) -> None:
+        print(f"ready {socket_path}", flush=True)
+
+    daemon.serve(configuration, backend, host_dir=arguments.host_dir.absolute(), state_dir=state_dir, ready=ready)
+    return 0
+
+
+def _image_ls(arguments: argparse.Namespace) -> int:
+    from lxc_pool.images.store import ImageStore
+
+    images = ImageStore(arguments.state_dir.absolute() / "images").list()
+    if arguments.json:
+        print_json(
+            [
+                {
+                    "name": image.name,
+                    "version": image.version,
+                    "size": image.size,
+                    "created": image.created,
+                    "checksum": image.checksum,
+                    "rootfs": str(image.rootfs),
+                }
+                for image in images
+            ]
+        )
+        return 0
+    print_table(
+        ("name", "version", "MiB", "created"),
+        [
+            (
+                image.name,
+                image.version,
+                f"{image.size / 2**20:.1f}",
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(image.created)),
+            )
+            for image in images
+        ],
+    )
+    return 0
+
+
+def _image_build(arguments: argparse.Namespace) -> int:
+    from lxc_pool.images.store import ImageStore
+
+    progress = Progress(quiet=arguments.json)
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.end)
+        image = ImageStore(arguments.state_dir.absolute() / "images").build(arguments.name, progress.show)
+    if arguments.json:
+        print_json({"name": image.name, "version": image.version, "rootfs": str(image.rootfs)})
+    else:
+        print(image.ref)
+    return 0

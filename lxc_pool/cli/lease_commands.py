@@ -1,0 +1,95 @@
+"""Commands about one container: run, get, exec, release."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+
+from lxc_pool.cli.output import print_json
+from lxc_pool.client.container import Container
+from lxc_pool.manager import PoolManager
+from lxc_pool.model import ContainerId
+
+_NOT_EXECUTABLE, _MISSING = 126, 127
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    """Add the commands to the parser."""
+    run = commands.add_parser("run", parents=[common], help="run a command in a fresh container")
+    get = commands.add_parser("get", parents=[common], help="lease a container to a process; print its name")
+    for parser in (run, get):
+        parser.add_argument("--id", metavar="ID", help="what to call the lease (default: made of time and pid)")
+        parser.add_argument(
+            "--timeout", type=float, default=30.0, metavar="S", help="seconds to wait for a container (default: 30)"
+        )
+        parser.add_argument("--profile", default="default", metavar="P", help="which kind of container")
+    get.add_argument("--ttl", type=float, metavar="S", help="seconds after which the lease ends by itself")
+    get.add_argument(
+        "--owner", type=int, metavar="PID", help="the process that holds the lease (default: this session's leader)"
+    )
+    get.set_defaults(function=_get)
+    run.add_argument("argv", nargs="+", metavar="CMD", help="the command, best after `--`")
+    run.set_defaults(function=_run)
+    parser = commands.add_parser("exec", parents=[common], help="run a command in a container that `get` leased")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("argv", nargs="+", metavar="CMD", help="the command, best after `--`")
+    parser.set_defaults(function=_exec)
+    parser = commands.add_parser("release", parents=[common], help="end the lease of a container")
+    parser.add_argument("name", metavar="NAME")
+    parser.set_defaults(function=_release)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    with PoolManager.connect(arguments.host_dir) as pool:
+        identity = arguments.id or ContainerId.create("run")
+        with pool.lease(identity, _timeout(arguments), profile=arguments.profile) as container:
+            return _run_in(container, arguments.argv)
+
+
+def _exec(arguments: argparse.Namespace) -> int:
+    with PoolManager.connect(arguments.host_dir) as pool:
+        return _run_in(pool.container(arguments.name), arguments.argv)
+
+
+def _get(arguments: argparse.Namespace) -> int:
+    owner = os.getsid(0) if arguments.owner is None else arguments.owner
+    with PoolManager.connect(arguments.host_dir) as pool:
+        identity = arguments.id or ContainerId.create("get")
+        container = pool.get(identity, _timeout(arguments), profile=arguments.profile, owner=owner, ttl=arguments.ttl)
+        if container is None:
+            print(f"lxc-pool: no container came free in {arguments.timeout:g} s", file=sys.stderr)
+            return 1
+        if arguments.json:
+            info = next(info for info in pool.containers() if info.name == container.name)
+            print_json(info.as_dict())
+        else:
+            print(container.name)
+        print(f"leased to process {owner}; it is reaped when that ends", file=sys.stderr)
+    return 0
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    with PoolManager.connect(arguments.host_dir) as pool:
+        pool.container(arguments.name).release()
+    if arguments.json:
+        print_json({"name": arguments.name, "released": True})
+    return 0
+
+
+def _run_in(container: Container, argv: list[str]) -> int:
+    """Run a command with this process's stdin, stdout and stderr; return what a shell would."""
+    try:
+        status = container.run(argv).returncode
+    except FileNotFoundError as error:
+        print(f"lxc-pool: {error}", file=sys.stderr)
+        return _MISSING
+    except (PermissionError, NotADirectoryError) as error:
+        print(f"lxc-pool: {error}", file=sys.stderr)
+        return _NOT_EXECUTABLE
+    return status if status >= 0 else 128 - status
+
+
+def _timeout(arguments: argparse.Namespace) -> float | None:
+    return None if math.isinf(arguments.timeout) else float(arguments.timeout)

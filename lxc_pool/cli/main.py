@@ -1,0 +1,86 @@
+"""Parse the command line, run the command, turn every error into a message on stderr and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lxc_pool import errors, hostdir
+from lxc_pool.cli import host_commands, lease_commands, pool_commands
+
+DONE, NO, WRONG_USE, UNREACHABLE, NOT_ALLOWED, FAILED = range(6)
+"""Exit statuses. Origin: the public contract."""
+
+COMMAND_FAILED_TO_RUN, INTERRUPTED = 125, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `lxc-pool` with *argv* (default: the process's arguments) and return its exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    runs_a_command = arguments.command in ("run", "exec")
+    try:
+        status: int = arguments.function(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter would complain of it once more at its end.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (errors.LxcPoolError, OSError, ValueError, TypeError) as error:
+        print(f"lxc-pool: {error}", file=sys.stderr)
+        return COMMAND_FAILED_TO_RUN if runs_a_command else status_of(error)
+
+
+def status_of(error: Exception) -> int:
+    """Return the exit status for *error*."""
+    match error:
+        case errors.ConfigError():
+            return WRONG_USE
+        case errors.ServiceUnavailable():
+            return UNREACHABLE
+        case errors.AccessDenied() | errors.AuthenticationFailed() | errors.QuotaExceeded():
+            return NOT_ALLOWED
+        case errors.PoolTimeout():
+            return NO
+        case errors.LxcPoolError() | OSError():
+            return FAILED
+        case _:
+            return WRONG_USE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lxc-pool",
+        description="Lease LXC containers that are started already, and look after the service that keeps them.",
+        epilog="Exit status: 0 done; 1 the answer is no; 2 wrong use or configuration; 3 no service; 4 not allowed; "
+        "5 any other failure; 130 interrupted. `run` and `exec` end as their command does.",
+    )
+    _add_common(parser, default=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    _add_common(common, default=argparse.SUPPRESS)
+    for module in (host_commands, pool_commands, lease_commands):
+        module.add_to(commands, common)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, *, default: object) -> None:
+    """Add the options that may stand before or after the command."""
+    parser.add_argument(
+        "--host-dir",
+        type=Path,
+        default=hostdir.default_host_dir() if default is None else default,
+        metavar="DIR",
+        help="where the service's socket is (default: $LXC_POOL_HOST_DIR, else /run/lxc-pool)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", default=False if default is None else default, help="print one JSON document"
+    )

@@ -1,0 +1,46 @@
+"""What the commands print: tables and progress for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_json(document: Any) -> None:
+    """Print *document* as JSON."""
+    print(json.dumps(document, indent=2))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print columns that line up; None shows as a dash."""
+    cells = [list(header), *([("-" if value is None else str(value)) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+class Progress:
+    """One line on stderr that is written over on a terminal, and written once for each change elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._last = ""
+
+    def show(self, text: str) -> None:
+        """Show *text* as the state that things are in."""
+        if self._quiet or text == self._last:
+            return
+        if self._terminal:
+            print(f"\r{text:<{len(self._last)}}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+        self._last = text
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._terminal and self._last and not self._quiet:
+            print(file=sys.stderr)
+        self._last = ""

@@ -1,0 +1,1 @@
+"""The client's side of lxc_pool: light, without liblxc and without the service."""

@@ -1,0 +1,102 @@
+"""Know a process for what it is, hold on to it, and end its whole tree.
+
+A pid alone is reused; boot id, pid and start time together are one process for ever. A pidfd, once open, can't change its
+process. Source: proc_pid_stat(5) field 22, pidfd_open(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+import psutil
+
+_PF_FORKNOEXEC = 0x00000040
+"""The process was forked and has not executed anything since. Source: Linux include/linux/sched.h."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """One process, told apart from every other that has had or will have its pid.
+
+    Attributes:
+        start_ticks: When it started, in clock ticks since boot.
+    """
+
+    boot_id: str
+    pid: int
+    start_ticks: int
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return the id of this boot of the kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def identify(pid: int) -> ProcessIdentity:
+    """Return the identity of the process that has *pid* now.
+
+    Raises:
+        ProcessLookupError: No process has it, or only a zombie.
+    """
+    fields = _stat(pid)
+    if fields[0] in "ZX":
+        raise ProcessLookupError(f"process {pid} has ended")
+    return ProcessIdentity(boot_id(), pid, int(fields[19]))
+
+
+def open_pidfd(identity: ProcessIdentity) -> int:
+    """Return a descriptor of just this process.
+
+    Raises:
+        ProcessLookupError: It has ended, whether or not its pid has been given to another.
+    """
+    descriptor = os.pidfd_open(identity.pid)
+    try:
+        # The pidfd is of whoever has the pid; only if that is still our process after opening, is it of ours.
+        if identify(identity.pid) != identity:
+            raise ProcessLookupError(f"process {identity.pid} has ended; its pid is another's now")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def has_executed(identity: ProcessIdentity) -> bool:
+    """Return whether the process lives and has executed its own program since it was forked.
+
+    Raises:
+        ProcessLookupError: It has ended.
+    """
+    fields = _stat(identity.pid)
+    if fields[0] in "ZX" or int(fields[19]) != identity.start_ticks:
+        raise ProcessLookupError(f"process {identity.pid} has ended")
+    return not int(fields[6]) & _PF_FORKNOEXEC
+
+
+def kill_tree(pid: int, *, timeout: float = 5.0) -> list[int]:
+    """Kill a process and all its descendants with SIGKILL; return the pids that still live after *timeout* seconds."""
+    try:
+        root = psutil.Process(pid)
+        doomed = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return []
+    for process in doomed:
+        # psutil compares pid and start time before it signals.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _gone, alive = psutil.wait_procs(doomed, timeout=timeout)
+    return [process.pid for process in alive]
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the third on: [0] state, [6] flags, [19] start time."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessLookupError(f"there is no process {pid}") from error
+    return text.rpartition(")")[2].split()

@@ -1,0 +1,177 @@
+"""Put a service together, run it, and take it apart in order.
+
+```
+ main thread ── PoolServer.serve_forever ── (signal or shutdown call) ── the end, step by step
+ threads: accepter, one a connection, dispatcher, watchdog, and the executors' own
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import resource
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from lxc_pool.backend.protocol import Backend
+from lxc_pool.config import Config
+from lxc_pool.execution.launcher import Launcher
+from lxc_pool.model import State
+from lxc_pool.service import directories
+from lxc_pool.service.access import service_group
+from lxc_pool.service.dispatcher import Dispatcher
+from lxc_pool.service.lanes import ProcessLane
+from lxc_pool.service.pool import Pool
+from lxc_pool.service.server import PoolServer, listen
+from lxc_pool.service.service import PoolService
+from lxc_pool.service.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+DEFAULT_GRACE = 10.0
+"""Seconds that leases have when a signal ends the service. Origin: the public contract, `shutdown(grace=10.0)`."""
+
+_REMOVAL_TIMEOUT = 60.0
+"""Seconds that the removal of all containers may take at the end; what is left then is named in the log."""
+
+
+class Ending:
+    """How the service is to end; set by a signal handler or a shutdown call, read by the thread that ends it."""
+
+    def __init__(self) -> None:
+        self.grace = DEFAULT_GRACE
+        self.begun = False
+        self.hurry = False
+        self.emptied = False
+
+
+def serve(
+    config: Config,
+    backend: Backend,
+    *,
+    host_dir: Path,
+    state_dir: Path,
+    ready: Callable[[str], None],
+) -> None:
+    """Run a service until it is told to end; return when all is closed and its containers are gone.
+
+    Args:
+        config: The configuration.
+        backend: The engine.
+        host_dir: Where clients meet it.
+        state_dir: Where containers and images are.
+        ready: Called with the socket's path once connections are accepted.
+
+    Raises:
+        HostDirError: Another service has one of the directories, or one is not fit for use.
+    """
+    _raise_descriptor_limit()
+    group = service_group(config.group)
+    with contextlib.ExitStack() as stack:
+        instance = stack.enter_context(directories.state_dir(state_dir))
+        key = stack.enter_context(directories.host_dir(host_dir, group))
+        watchdog = Watchdog()
+        watchdog.open()
+        stack.callback(watchdog.close)
+        lanes = [ProcessLane(backend) for _ in range(config.workers)]
+        for lane in lanes:
+            lane.open()
+            stack.callback(lane.close)
+        dispatcher = Dispatcher(lambda: pool.dispatch())
+        pool = Pool(config, lanes, watchdog, new_name=_names(instance).__next__, wake=dispatcher.wake)
+        stack.callback(pool.let_go)
+        dispatcher.open()
+        stack.callback(dispatcher.close)
+        launcher = Launcher()
+        launcher.open()
+        stack.callback(launcher.close)
+        server = listen(host_dir, key)
+        stack.callback(server.close)
+        ending = Ending()
+        service = PoolService(config, pool, launcher, socket_path=server.address, stop=_stopper(ending, server))
+        server.attach(service, pool, config.confirm_timeout)
+        with _signals(ending, server):
+            server.socket_listener.open_to(group)
+            server.open()
+            pool.adopt_residue(backend.names())
+            dispatcher.wake()
+            ready(server.address)
+            server.serve_forever()
+            service.stopping = True
+            _end(pool, ending, server)
+        stack.pop_all().close()
+        service.stopped.set()
+        server.close_sessions(timeout=5.0)
+    log.info("the service has ended")
+
+
+def _end(pool: Pool, ending: Ending, server: PoolServer) -> None:
+    """Empty the pool on a thread of its own, while this one, which gets the signals, waits for that or for a second one."""
+    thread = threading.Thread(target=_empty, args=(pool, ending, server), name="ending", daemon=True)
+    thread.start()
+    while not ending.emptied:
+        server.serve_forever()
+        pool.interrupt()
+    thread.join()
+
+
+def _empty(pool: Pool, ending: Ending, server: PoolServer) -> None:
+    """Send waiters away, give leases their grace, remove everything."""
+    try:
+        log.info("the service is ending; leases have %.1f s", ending.grace)
+        pool.close_to_new()
+        pool.wait_until(State.LEASED, State.RESERVED, timeout=ending.grace, unless=lambda: ending.hurry)
+        pool.end_leases()
+        if not pool.wait_until(State.BUILDING, State.REAPING, timeout=_REMOVAL_TIMEOUT):
+            log.error("not all containers could be removed in %.0f s: %s", _REMOVAL_TIMEOUT, pool.census().profiles)
+    finally:
+        ending.emptied = True
+        server.stop()
+
+
+def _stopper(ending: Ending, server: PoolServer) -> Callable[[float, bool], None]:
+    def stop(grace: float, _keep_leases: bool) -> None:
+        if not ending.begun:
+            ending.grace = grace
+            ending.begun = True
+        server.stop()
+
+    return stop
+
+
+@contextlib.contextmanager
+def _signals(ending: Ending, server: PoolServer) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the service, and a second one end the grace."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        ending.hurry = ending.begun
+        ending.begun = True
+        server.stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _names(instance: str) -> Iterator[str]:
+    """Make names that no container has had: this instance's, with a random word for this run and a number."""
+    run = secrets.token_hex(2)
+    return (f"lxp-{instance}-{run}-{number}" for number in itertools.count(1))
+
+
+def _raise_descriptor_limit() -> None:
+    """Take as many descriptors as root allows: each container and each client takes one or two."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log.debug("at most %s descriptors, pid %s", hard, os.getpid())

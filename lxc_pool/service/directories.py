@@ -1,0 +1,127 @@
+"""The two directories that a service has for itself: the host dir, where clients meet it, and the state dir."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from lxc_pool import hostdir
+from lxc_pool.errors import HostDirError
+
+_KEY_BYTES = 32
+_INSTANCE_BYTES = 3
+
+
+@contextlib.contextmanager
+def host_dir(path: Path, group: int) -> Iterator[bytes]:
+    """Own the host dir: make it if need be, check it, lock it, and put a new key into it; yield the key.
+
+    At the end the key is removed and the lock given up.
+
+    Args:
+        path: The host dir.
+        group: Gid that may enter it and read the key.
+
+    Raises:
+        HostDirError: It is not a directory of the service's user, others may write to it, or another service has it.
+    """
+    _make(path, 0o750, group)
+    with _locked(path / "service.lock", f"host dir {path}"):
+        key = secrets.token_bytes(_KEY_BYTES)
+        target = hostdir.key_path(path)
+        partial = path / f".authkey.{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+        # Created with its final mode, and in place at once: a reader sees the old key or the new one, whole.
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
+            os.fchown(descriptor, -1, group)
+            os.fchmod(descriptor, 0o640)
+            file.write(key)
+        partial.rename(target)
+        try:
+            yield key
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                target.unlink()
+
+
+@contextlib.contextmanager
+def state_dir(path: Path) -> Iterator[str]:
+    """Own the state dir: make it if need be, check it, lock it; yield its instance id.
+
+    The id is made once and stays: every name that the service gives on this machine carries it.
+
+    Raises:
+        HostDirError: As for `host_dir`.
+    """
+    _make(path, 0o755, None)
+    with _locked(path / "service.lock", f"state dir {path}"):
+        for part in ("containers", "images"):
+            _make(path / part, 0o755, None)
+        yield _instance(path / "instance")
+
+
+def _instance(path: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        text = path.read_text(encoding="ascii", errors="replace").strip()
+        if len(text) != 2 * _INSTANCE_BYTES or set(text) - set("0123456789abcdef"):
+            raise HostDirError(
+                f"{path} does not hold an instance id but {text[:40]!r}; restore it, or use a new state dir"
+            )
+        return text
+    text = secrets.token_hex(_INSTANCE_BYTES)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="ascii")
+    partial.rename(path)
+    return text
+
+
+def _make(path: Path, mode: int, group: int | None) -> None:
+    if not path.is_absolute():
+        raise HostDirError(f"{path} must be an absolute path")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=mode, exist_ok=True)
+        status = os.lstat(path)
+    except OSError as error:
+        raise HostDirError(f"can't make {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise HostDirError(f"{path} is not a directory (a link is not followed); remove it, or choose another")
+    if status.st_uid != os.geteuid():
+        raise HostDirError(
+            f"{path} belongs to uid {status.st_uid}; it has to be the service's own: `chown {os.geteuid()} {path}`"
+        )
+    if status.st_mode & 0o022:
+        raise HostDirError(
+            f"others may write to {path} (mode {stat.S_IMODE(status.st_mode):04o}): `chmod {mode:04o} {path}`"
+        )
+    if group is not None:
+        os.chown(path, -1, group)
+        os.chmod(path, mode)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file *path*, with our pid in it; it stays when the lock goes."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise HostDirError(f"can't open the lock file {path}: {error.strerror}") from error
+    with open(descriptor, "r+", encoding="ascii", errors="replace") as file:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HostDirError(
+                f"the {what} is in use by the service with pid {file.read().strip() or '(starting)'}; "
+                "stop it (`lxc-pool stop`), or use another directory"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,172 @@
+"""Lanes: where the slow work is done, one job at a time each, in a worker process that can be killed alone.
+
+```
+ service ── lane 0 ── ProcessPoolExecutor(max_workers=1) ── worker: Backend
+         ── lane 1 ── ProcessPoolExecutor(max_workers=1) ── worker: Backend
+         …
+```
+
+A killed worker breaks its whole executor, so each lane has one of its own. Workers are forked from a single-threaded server
+process (`forkserver`) that has imported the backend already, so that a killed lane is replaced in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Protocol
+
+from lxc_pool.backend.protocol import Backend, Blueprint
+from lxc_pool.errors import BackendError, InternalError, LxcPoolError
+from lxc_pool.host.processes import ProcessIdentity, kill_tree
+from lxc_pool.images.store import Image
+
+log = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""How the service and its workers, which share its stderr, write their log."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PrepareJob:
+    """See to it that an image is there."""
+
+    image: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class CreateJob:
+    """Clone, start and probe a container."""
+
+    blueprint: Blueprint
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class DestroyJob:
+    """Stop and remove a container."""
+
+    name: str
+    force: bool
+
+
+Job = PrepareJob | CreateJob | DestroyJob
+Outcome = Image | ProcessIdentity | None | LxcPoolError
+"""What a job came to: what the backend returned, or the error it raised."""
+
+
+class LaneBroken(BackendError):
+    """The lane's worker died in the middle of the job; the lane has to be replaced."""
+
+
+class Lane(Protocol):
+    """Does one job at a time; tests have lanes that do it when told to."""
+
+    def start(self, job: Job, done: Callable[[Outcome], None]) -> None:
+        """Begin *job*; call *done* once, from any thread, when it has ended."""
+
+    def replace(self) -> None:
+        """Kill the worker, whatever it does, and have a new one. The job's *done* may or may not be called."""
+
+    def close(self) -> None:
+        """End the worker."""
+
+
+class ProcessLane:
+    """A `Lane` with a worker process."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._executor: ProcessPoolExecutor | None = None
+        self._pid: Future[int] | None = None
+        self._job: Future[Outcome] | None = None
+
+    def open(self) -> None:
+        """Start the worker; returns at once."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["lxc_pool.service.lanes", type(self._backend).__module__])
+        self._executor = ProcessPoolExecutor(1, context, initializer=_prepare_worker, initargs=(self._backend,))
+        self._pid = self._executor.submit(os.getpid)
+
+    def start(self, job: Job, done: Callable[[Outcome], None]) -> None:
+        """See `Lane.start`."""
+        try:
+            if self._executor is None:
+                raise InternalError("the lane is not open")
+            future = self._job = self._executor.submit(_work, job)
+        except (BrokenProcessPool, RuntimeError) as error:
+            done(LaneBroken(f"the lane's worker is gone: {error}"))
+            return
+        future.add_done_callback(functools.partial(_report, done))
+
+    def replace(self) -> None:
+        """See `Lane.replace`."""
+        self._kill()
+        self.open()
+
+    def close(self) -> None:
+        """End the worker: in order if it is idle, else by force."""
+        if self._job is not None and not self._job.done():
+            self._kill()
+        elif self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor = None
+
+    def _kill(self) -> None:
+        if self._executor is None:
+            return
+        if self._pid is not None and self._pid.done() and self._pid.exception() is None:
+            kill_tree(self._pid.result(), timeout=0)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _report(done: Callable[[Outcome], None], future: Future[Outcome]) -> None:
+    """Turn what the executor says into an outcome; runs on the executor's thread."""
+    if future.cancelled():
+        done(LaneBroken("the lane was replaced before the job began"))
+        return
+    error = future.exception()
+    if error is None:
+        done(future.result())
+    elif isinstance(error, BrokenProcessPool):
+        done(LaneBroken(f"the lane's worker died: {error}"))
+    elif isinstance(error, LxcPoolError):
+        done(error)
+    else:
+        log.error("a job failed in a way that it should not", exc_info=error)
+        done(InternalError(f"{type(error).__name__}: {error}"))
+
+
+_backend: Backend | None = None
+"""The worker's backend; set once in each worker process."""
+
+
+def _prepare_worker(backend: Backend) -> None:
+    global _backend
+    # Ctrl-C reaches the whole process group; when to end is for the service to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    _backend = backend
+
+
+def _work(job: Job) -> Outcome:
+    """Do one job; runs in the worker."""
+    if _backend is None:
+        raise InternalError("the worker has no backend")
+    match job:
+        case PrepareJob(image):
+            return _backend.prepare(image)
+        case CreateJob(blueprint):
+            return _backend.create(blueprint)
+        case DestroyJob(name, force):
+            with contextlib.suppress(FileNotFoundError):
+                _backend.destroy(name, force=force)
+            return None

@@ -1,0 +1,182 @@
+"""The manager's server: it listens in the host dir and gives each connection a thread.
+
+`multiprocessing.managers` has the place for it (`Server`, `Listener`); what it does there, unpickling whatever comes and
+offering `create` and `debug_info` to everybody, is replaced as a whole.
+
+```
+ main thread ─ serve_forever: waits for the end
+ accepter    ─ accept ─► a thread per connection: Session.run
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+from multiprocessing import managers
+from pathlib import Path
+from typing import Any, cast
+
+from lxc_pool.manager import SERIALIZER, PoolManager, connect_channel
+from lxc_pool.service.pool import Pool
+from lxc_pool.service.service import PoolService
+from lxc_pool.service.session import Session
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 512
+"""Connections that may wait to be accepted. A guess: many times the clients that start at one moment."""
+
+
+class SocketListener:
+    """A Unix socket that is listened on; the `Listener` that `multiprocessing.managers.Server` asks for."""
+
+    def __init__(self, address: str, backlog: int = 1) -> None:
+        """Listen at *address*, in the place of a stale socket that may be there: whoever calls this holds the lock."""
+        self.address = address
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(address).st_mode):
+                raise FileExistsError(f"{address} is in the way: it is not a socket")
+            os.unlink(address)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # Closed to everybody until owner and group are set.
+            mask = os.umask(0o177)
+            try:
+                self._socket.bind(address)
+            finally:
+                os.umask(mask)
+            self._socket.listen(max(backlog, _BACKLOG))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def open_to(self, group: int) -> None:
+        """Let *group* connect."""
+        os.chown(self.address, -1, group)
+        os.chmod(self.address, 0o660)
+
+    def accept(self) -> socket.socket:
+        """Return the next connection, with nothing said on it yet."""
+        return self._socket.accept()[0]
+
+    def close(self) -> None:
+        """Stop listening, wake whoever accepts, and remove the socket."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.address)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+managers.listener_client[SERIALIZER] = (SocketListener, connect_channel)  # type: ignore[attr-defined]  # not in typeshed
+
+
+class PoolServer(managers.Server):
+    """Serves one `PoolService`. `_lock` guards `_sessions`."""
+
+    public: list[str] = []  # type: ignore[misc]  # the stock calls: none of them is reachable
+
+    def __init__(self, registry: dict[str, Any], address: str, authkey: bytes, serializer: str) -> None:
+        super().__init__(registry, address, authkey, serializer)
+        self._lock = threading.Lock()
+        self._sessions: dict[Session, threading.Thread] = {}
+        self._service: PoolService | None = None
+        self._pool: Pool | None = None
+        self._confirm_timeout = 5.0
+        self._closing = False
+        self._accepter: threading.Thread | None = None
+        self._end = os.eventfd(0, os.EFD_CLOEXEC)
+
+    @property
+    def socket_listener(self) -> SocketListener:
+        """The listener."""
+        return cast("SocketListener", self.listener)  # type: ignore[attr-defined]  # not in typeshed
+
+    def attach(self, service: PoolService, pool: Pool, confirm_timeout: float) -> None:
+        """Name what is served."""
+        self._service, self._pool, self._confirm_timeout = service, pool, confirm_timeout
+        service.client_count = lambda: len(self._sessions)
+
+    def open(self) -> None:
+        """Begin to accept connections."""
+        self._accepter = threading.Thread(target=self.accepter, name="accepter", daemon=True)
+        self._accepter.start()
+
+    def serve_forever(self) -> None:
+        """Wait until `stop` is called; unlike the stock one, return then, with connections still served."""
+        os.eventfd_read(self._end)
+
+    def close(self) -> None:
+        """Stop listening; connections that there are go on."""
+        self._closing = True
+        self.socket_listener.close()
+        if self._accepter is not None:
+            self._accepter.join()
+
+    def stop(self) -> None:
+        """Let `serve_forever` return; callable from a signal handler, which may not take locks, and more than once."""
+        os.eventfd_write(self._end, 1)
+
+    def accepter(self) -> None:
+        """Give each connection a thread."""
+        while not self._closing:
+            try:
+                sock = self.socket_listener.accept()
+            except OSError as error:
+                if not self._closing:
+                    log.error("can't accept a connection: %s", error)
+                    time.sleep(0.1)  # out of descriptors, most likely: some will come free, but nothing says when
+                continue
+            self.handle_request(sock)
+
+    def handle_request(self, conn: socket.socket) -> None:
+        """Start a session on a new connection."""
+        if self._service is None or self._pool is None:
+            conn.close()
+            return
+        session = Session(conn, self.authkey, self._service, self._pool, self._confirm_timeout)
+        thread = threading.Thread(target=self._run, args=(session,), name="session", daemon=True)
+        with self._lock:
+            self._sessions[session] = thread
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.error("can't start a thread for a connection: %s", error)
+            with self._lock:
+                del self._sessions[session]
+            conn.close()
+
+    def close_sessions(self, timeout: float) -> None:
+        """Break off all connections and wait up to *timeout* seconds for their threads to end."""
+        with self._lock:
+            threads = dict(self._sessions)
+        for session in threads:
+            session.end()
+        for thread in threads.values():
+            thread.join(timeout)
+
+    def _run(self, session: Session) -> None:
+        try:
+            session.run()
+        finally:
+            with self._lock:
+                self._sessions.pop(session, None)
+
+
+class ServiceManager(PoolManager):
+    """The service's end of `PoolManager`: the one that can serve."""
+
+    def get_server(self) -> PoolServer:
+        """Listen, and return the server; unlike the stock one, which ignores the class's `_Server`."""
+        return PoolServer(self._registry, str(self._address), bytes(self._authkey), self._serializer)  # type: ignore[attr-defined]  # not in typeshed
+
+
+def listen(host_dir: Path, key: bytes) -> PoolServer:
+    """Open the socket of *host_dir*, for root alone as yet, and return its server."""
+    return ServiceManager(host_dir, key).get_server()

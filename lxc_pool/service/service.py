@@ -1,0 +1,230 @@
+"""What the service does for each call: check who asks, ask the pool, put the answer into the shared shapes."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from lxc_pool.config import Config
+from lxc_pool.errors import InternalError, LeaseExpired
+from lxc_pool.execution.launcher import Launcher, check_stdio
+from lxc_pool.execution.protocol import ExecRequest, ProtocolError
+from lxc_pool.host import addresses
+from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
+from lxc_pool.service.access import Peer, owner_of
+from lxc_pool.service.pool import Pool, WarmWait
+from lxc_pool.service.waiters import Ticket
+from lxc_pool.service.watchdog import Watched
+from lxc_pool.wire import messages
+
+
+class Caller(Protocol):
+    """What the service needs of the connection that a call came on."""
+
+    @property
+    def peer(self) -> Peer:
+        """Who asks."""
+
+    def wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
+        """Wait until *ready* (it is looked at after each `notify`) or until *timeout* seconds have passed.
+
+        Raises:
+            EOFError: The client is gone.
+        """
+
+    def notify(self) -> None:
+        """Let `wait` look again; callable from any thread."""
+
+    def offered(self, request: str) -> None:
+        """Take note that the next message has to confirm *request*."""
+
+
+class PoolService:
+    """The object behind the proxy. Shared by all connections' threads; it has no state of its own but the counts below."""
+
+    def __init__(
+        self, config: Config, pool: Pool, launcher: Launcher, *, socket_path: str, stop: Callable[[float, bool], None]
+    ) -> None:
+        """Put the service together.
+
+        Args:
+            config: Its configuration.
+            pool: What it serves.
+            launcher: What starts commands.
+            socket_path: Where it listens.
+            stop: Called with grace and keep_leases to end the service; returns at once.
+        """
+        self._config = config
+        self._pool = pool
+        self._launcher = launcher
+        self._socket_path = socket_path
+        self._stop = stop
+        self._began = time.monotonic()
+        self.stopped = threading.Event()
+        self.stopping = False
+        self.client_count: Callable[[], int] = lambda: 0
+
+    def answer(self, caller: Caller, call: messages.AnyCall, descriptors: list[int]) -> Any:
+        """Do what *call* asks and return its result.
+
+        Raises:
+            LxcPoolError, TypeError, ValueError: For the client.
+            EOFError: The client is gone.
+        """
+        scope = caller.peer.lease_scope
+        match call:
+            case messages.Echo(text):
+                return text
+            case messages.Get():
+                return self._get(caller, call)
+            case messages.Confirm(request):
+                return self._pool.confirm(caller.peer.uid, request)
+            case messages.Release(name):
+                return self._pool.release(name, scope)
+            case messages.Inspect(name):
+                return self._pool.leased(name, scope)
+            case messages.Execute():
+                return self._execute(scope, call, descriptors)
+            case messages.GetStatus():
+                return self.status()
+            case messages.ListContainers():
+                return self._pool.containers(scope)
+            case messages.AwaitWarm(count, timeout):
+                return self._await_warm(caller, count, timeout)
+            case messages.Abandon(request):
+                return self._pool.abandon(caller.peer.uid, request)
+            case messages.Addresses(name):
+                return self._addresses(name, scope)
+            case messages.Renew(name, ttl):
+                return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl))
+            case messages.Keep(name, ttl):
+                return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl), drop_owner=True)
+            case messages.Resize(size):
+                caller.peer.require_admin("resize the pool")
+                return self._pool.resize(size)
+            case messages.Drain():
+                caller.peer.require_admin("drain the pool")
+                return self._pool.drain()
+            case messages.Resume():
+                caller.peer.require_admin("resume the pool")
+                return self._pool.resume()
+            case messages.Shutdown(grace, keep_leases):
+                caller.peer.require_admin("shut the service down")
+                return self._shutdown(caller, grace, keep_leases)
+            case messages.Hello():
+                raise InternalError("hello comes first, and once")
+
+    def status(self) -> PoolStatus:
+        """Return the counts of everything."""
+        census = self._pool.census()
+        return PoolStatus(
+            running=not self.stopping,
+            socket_path=self._socket_path,
+            pid=os.getpid(),
+            uptime=time.monotonic() - self._began,
+            capacity=census.total("capacity"),
+            size=census.total("size"),
+            building=census.total("building"),
+            reserved=census.total("reserved"),
+            leased=census.total("leased"),
+            reaping=census.total("reaping"),
+            stuck=census.total("stuck"),
+            waiting=census.total("waiting"),
+            worker_count=self._config.workers,
+            client_count=self.client_count(),
+            error_count=census.error_count,
+            last_error=census.last_error,
+            backoff=census.backoff,
+            draining=census.draining,
+            profiles=census.profiles,
+        )
+
+    def _get(self, caller: Caller, call: messages.Get) -> messages.Offer | str:
+        if not 1 <= len(call.request) <= 64:
+            raise ValueError("a request's name has 1 to 64 characters")
+        if call.timeout is not None:
+            _check_seconds("timeout", call.timeout)
+        if call.ttl is not None:
+            _check_seconds("ttl", call.ttl)
+        identity: LeaseId = check_id(call.id)
+        owner = owner_of(caller.peer, call.owner)
+        ticket = Ticket(call.request, caller.peer.uid, call.profile, identity, owner, call.ttl, caller, caller.notify)
+        self._pool.request(ticket)
+        if not ticket.answered and call.timeout != 0:
+            try:
+                caller.wait(lambda: ticket.answered, call.timeout)
+            except BaseException:
+                self._pool.withdraw(ticket)
+                if ticket.offer is not None:
+                    self._pool.take_back(ticket.uid, ticket.request, caller)
+                raise
+        words = "" if ticket.answered else self._pool.withdraw(ticket)
+        if ticket.error is not None:
+            raise ticket.error
+        if ticket.offer is None:
+            return words
+        caller.offered(call.request)
+        return messages.Offer(ticket.offer.name, ticket.offer.profile)
+
+    def _await_warm(self, caller: Caller, count: int | None, timeout: float | None) -> PoolStatus:
+        wait = WarmWait(count, caller.notify)
+        self._pool.await_warm(wait)
+        try:
+            caller.wait(lambda: wait.reached or self.stopping, timeout)
+        finally:
+            self._pool.forget_wait(wait)
+        return self.status()
+
+    def _addresses(self, name: str, scope: int | None) -> tuple[str, ...]:
+        info = self._pool.leased(name, scope)
+        try:
+            return addresses.of_process(_init_pid(info))
+        except ProcessLookupError as error:
+            raise LeaseExpired(f"{name} has just ended") from error
+
+    def _execute(self, scope: int | None, call: messages.Execute, descriptors: list[int]) -> None:
+        if len(descriptors) != 4:
+            raise ValueError(
+                f"a command needs stdin, stdout, stderr and a control socket, not {len(descriptors)} descriptors"
+            )
+        for descriptor in descriptors[:3]:
+            check_stdio(descriptor)
+        try:
+            request = ExecRequest.decode(call.request)
+        except ProtocolError as error:
+            raise ValueError(f"not a command: {error}") from error
+        pids: list[int] = []
+
+        def hold(init: Watched) -> int:
+            pids.append(init.identity.pid)
+            return os.dup(init.descriptor)
+
+        pidfd = self._pool.with_init(call.name, scope, hold)
+        try:
+            self._launcher.launch(
+                request, (descriptors[0], descriptors[1], descriptors[2]), descriptors[3], pidfd, pids[0]
+            )
+        finally:
+            os.close(pidfd)
+
+    def _shutdown(self, caller: Caller, grace: float, keep_leases: bool) -> None:
+        if keep_leases:
+            raise ValueError("this service can not keep leases over a restart yet")
+        self._stop(_check_seconds("grace", grace), keep_leases)
+        self.stopped.wait()
+
+
+def _init_pid(info: ContainerInfo) -> int:
+    if info.init_pid is None:
+        raise LeaseExpired(f"{info.name} has no init any more")
+    return info.init_pid
+
+
+def _check_seconds(name: str, value: float) -> float:
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{name} must be seconds, 0 or more, not {value!r}")
+    return value

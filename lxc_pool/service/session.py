@@ -1,0 +1,178 @@
+"""One connection, from its acceptance to its end, on a thread of its own.
+
+```
+ accepted ─► who is it (SO_PEERCRED) ─► handshake (deadline) ─► hello ─► call ─► answer ─► call … ─► end
+```
+
+Whatever a client sends that is no call of ours ends this connection, and nothing else. What it had reserved and not
+confirmed goes back to the pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+
+from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError
+from lxc_pool.service.access import Peer, peer_of
+from lxc_pool.service.pool import Pool
+from lxc_pool.service.service import PoolService
+from lxc_pool.wire import handshake, messages
+from lxc_pool.wire.channel import Channel, ProtocolError
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT = 5.0
+"""Seconds that a client has to prove itself and say hello. A guess: it takes under a millisecond."""
+
+MESSAGE_TIMEOUT = 10.0
+"""Seconds that the rest of a message may take once its first byte is here, and that a client may take to read. A guess."""
+
+
+class Session:
+    """One client's connection. `notify` and `end` may be called from any thread, all else is the session's own thread's."""
+
+    def __init__(
+        self, sock: socket.socket, key: bytes, service: PoolService, pool: Pool, confirm_timeout: float
+    ) -> None:
+        self._socket = sock
+        self._channel = Channel(sock, accept_descriptors=True)
+        self._key = key
+        self._service = service
+        self._pool = pool
+        self._confirm_timeout = confirm_timeout
+        self._peer: Peer | None = None
+        self._wake = -1
+        self._offer: str | None = None
+
+    @property
+    def peer(self) -> Peer:
+        """See `Caller.peer`."""
+        if self._peer is None:
+            raise InternalError("nobody has been let in on this connection")
+        return self._peer
+
+    def run(self) -> None:
+        """Serve the connection until it ends; closes it."""
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            if self._let_in():
+                while self._serve_one():
+                    pass
+        except EOFError:
+            pass
+        except (ProtocolError, AuthenticationFailed, TimeoutError) as error:
+            log.warning("connection of %s ended: %s", self._peer or "an unknown client", error)
+        except OSError as error:
+            log.info("connection of %s broke: %s", self._peer, error)
+        except Exception:  # one connection's bug must not end the service; the log has it
+            log.exception("connection of %s failed", self._peer)
+        finally:
+            self._take_back_offer()
+            self._channel.close()
+            if self._wake >= 0:
+                # `notify` may come until the pool has forgotten all our tickets, which it has by now.
+                wake, self._wake = self._wake, -1
+                os.close(wake)
+
+    def end(self) -> None:
+        """Break the connection off, so that its thread ends."""
+        self._channel.break_off()
+
+    def notify(self) -> None:
+        """See `Caller.notify`."""
+        with contextlib.suppress(BlockingIOError):  # the counter is full: it will wake as it is
+            os.eventfd_write(self._wake, 1)
+
+    def offered(self, request: str) -> None:
+        """See `Caller.offered`."""
+        self._offer = request
+
+    def wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
+        """See `Caller.wait`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(self._channel, select.POLLIN | select.POLLRDHUP)
+        while not ready():
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return
+            # A day at a time: poll(2) counts milliseconds in 32 bits.
+            events = dict(poll.poll(min(86_400_000.0, 86_400_000.0 if remaining is None else remaining * 1000 + 0.5)))
+            if self._channel.fileno() in events:
+                self._expect_silence()
+            if self._wake in events:
+                os.eventfd_read(self._wake)
+
+    def _let_in(self) -> bool:
+        """Find out who the client is and let it prove itself; return whether it may go on."""
+        self._channel.deadline = time.monotonic() + HANDSHAKE_TIMEOUT
+        denied: AccessDenied | None = None
+        try:
+            self._peer = peer_of(self._socket)
+        except AccessDenied as error:
+            denied = error
+        handshake.prove_to_client(self._channel, self._key)
+        call = messages.decode_call(self._channel.recv_bytes(256))
+        if not isinstance(call, messages.Hello):
+            raise ProtocolError(f"the first call was {type(call).__name__}, not Hello")
+        if denied is None and call.protocol != messages.PROTOCOL:
+            denied = AccessDenied(
+                f"this service speaks version {messages.PROTOCOL} of the protocol, the client {call.protocol}: "
+                "install the same lxc-pool on both sides"
+            )
+        self._send(messages.encode_failure(denied) if denied else messages.encode_result(messages.PROTOCOL))
+        return denied is None
+
+    def _serve_one(self) -> bool:
+        """Take one call and answer it; return whether to go on."""
+        channel = self._channel
+        # Whoever was made an offer has to say something soon: others may be waiting for that container.
+        channel.deadline = None if self._offer is None else time.monotonic() + self._confirm_timeout
+        try:
+            body = channel.recv_bytes(rest_within=MESSAGE_TIMEOUT)
+        except TimeoutError:
+            if self._offer is None or channel.pending:
+                raise
+            self._take_back_offer()
+            return True
+        call = messages.decode_call(body)
+        descriptors = channel.take_descriptors()
+        offer, self._offer = self._offer, None
+        if offer is not None and not isinstance(call, (messages.Confirm, messages.Abandon)):
+            self._pool.take_back(self.peer.uid, offer, self)
+        try:
+            reply = messages.encode_result(self._service.answer(self, call, descriptors))
+        except (LxcPoolError, TypeError, ValueError) as error:
+            reply = messages.encode_failure(error)
+        except (EOFError, OSError):
+            raise
+        except Exception as error:  # our bug: the client is told, the log has the rest, the service goes on
+            log.exception("%s of %s failed", type(call).__name__, self._peer)
+            reply = messages.encode_failure(error)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._send(reply)
+        return True
+
+    def _send(self, reply: bytes) -> None:
+        self._channel.deadline = time.monotonic() + MESSAGE_TIMEOUT
+        self._channel.send_bytes(reply)
+
+    def _take_back_offer(self) -> None:
+        offer, self._offer = self._offer, None
+        if offer is not None:
+            self._pool.take_back(self.peer.uid, offer, self)
+
+    def _expect_silence(self) -> None:
+        """Look at what came while a call is being answered: nothing should, but the end."""
+        if not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            raise EOFError("the client closed the connection while it waited")
+        raise ProtocolError("the client sent something while it waited for an answer")

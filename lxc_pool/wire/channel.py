@@ -1,0 +1,153 @@
+"""Frames over a Unix stream socket, with a cap on size, a deadline on each operation, and descriptors beside them.
+
+The framing is that of `multiprocessing.connection.Connection` (four bytes of length, big-endian, then the body), so that
+the standard library's handshake works over it. Source: CPython 3.11–3.13, Lib/multiprocessing/connection.py.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+MAX_MESSAGE = 4 * 1024 * 1024
+"""Bytes in one message at most: a command's arguments and environment fit (execve(2) allows 2 MiB), a bomb does not."""
+
+MAX_DESCRIPTORS = 4
+"""Descriptors beside one message: stdin, stdout, stderr and the control socket of a command."""
+
+_HEADER = struct.Struct("!i")
+_CHUNK = 16 * 1024
+_ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+
+
+class ProtocolError(Exception):
+    """The peer sent what no peer of ours sends; the connection is of no more use."""
+
+
+class Channel:
+    """One end of a connection. Not thread-safe: each thread has its own.
+
+    Attributes:
+        deadline: Monotonic time by which the operation under way must be through; None: no limit.
+            `TimeoutError` is raised past it, and the channel is of no more use then.
+    """
+
+    def __init__(self, sock: socket.socket, *, accept_descriptors: bool = False) -> None:
+        self.deadline: float | None = None
+        self._socket = sock
+        self._accept_descriptors = accept_descriptors
+        self._received = bytearray()
+        self._descriptors: list[int] = []
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._socket.fileno()
+
+    @property
+    def closed(self) -> bool:
+        """Whether this end has been closed."""
+        return self._socket.fileno() < 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether bytes have arrived that are not part of a message taken so far."""
+        return bool(self._received)
+
+    def send_bytes(self, body: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send one message, with *descriptors* beside it.
+
+        Raises:
+            ValueError: The message is larger than a message may be; nothing was sent.
+            TimeoutError: The deadline has passed.
+            OSError: The peer is gone.
+        """
+        if len(body) > MAX_MESSAGE:
+            raise ValueError(f"a message of {len(body)} bytes is larger than the {MAX_MESSAGE} that one may have")
+        frame = _HEADER.pack(len(body)) + body
+        self._set_timeout()
+        if descriptors:
+            sent = socket.send_fds(self._socket, [frame], list(descriptors))
+            frame = frame[sent:]
+        if frame:
+            self._socket.sendall(frame)
+
+    def recv_bytes(self, maxlength: int | None = None, *, rest_within: float | None = None) -> bytes:
+        """Receive one message.
+
+        Args:
+            maxlength: Bytes that it may have; None: `MAX_MESSAGE`.
+            rest_within: Seconds that the rest of it may take once its first byte is here.
+
+        Raises:
+            EOFError: The peer has closed its end.
+            ProtocolError: The message is longer than allowed, or was cut off.
+            TimeoutError: The deadline has passed.
+            OSError: The connection broke.
+        """
+        limit = MAX_MESSAGE if maxlength is None else maxlength
+        if not self._received:
+            self._receive()
+        if rest_within is not None:
+            # A silent peer may stay, one that stops in the middle of a message may not.
+            self.deadline = time.monotonic() + rest_within
+        while len(self._received) < _HEADER.size:
+            self._receive()
+        (length,) = _HEADER.unpack_from(self._received)
+        if not 0 <= length <= limit:
+            raise ProtocolError(f"a message claims {length} bytes; at most {limit} are allowed")
+        end = _HEADER.size + length
+        while len(self._received) < end:
+            self._receive()
+        body = bytes(self._received[_HEADER.size : end])
+        del self._received[:end]
+        return body
+
+    def take_descriptors(self) -> list[int]:
+        """Return the descriptors that came since the last call; they are the caller's to close."""
+        taken, self._descriptors = self._descriptors, []
+        return taken
+
+    def close(self) -> None:
+        """Close this end, and every descriptor that nobody took."""
+        for descriptor in self.take_descriptors():
+            os.close(descriptor)
+        self._socket.close()
+
+    def break_off(self) -> None:
+        """End the connection in both directions, so that a thread that waits on it wakes; it stays to be closed."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _receive(self) -> None:
+        self._set_timeout()
+        if self._accept_descriptors:
+            chunk, ancillary, _flags, _address = self._socket.recvmsg(_CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            for level, kind, data in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    came = array.array("i")
+                    came.frombytes(data[: len(data) - len(data) % came.itemsize])
+                    self._descriptors.extend(came)
+            if len(self._descriptors) > MAX_DESCRIPTORS:
+                raise ProtocolError(f"more than {MAX_DESCRIPTORS} descriptors came beside one message")
+        else:
+            chunk = self._socket.recv(_CHUNK)
+        if not chunk:
+            if self._received:
+                raise ProtocolError("the connection was closed in the middle of a message")
+            raise EOFError("the peer closed the connection")
+        self._received += chunk
+
+    def _set_timeout(self) -> None:
+        if self.deadline is None:
+            if self._socket.gettimeout() is not None:
+                self._socket.settimeout(None)
+            return
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the deadline has passed")
+        self._socket.settimeout(remaining)

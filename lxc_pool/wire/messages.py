@@ -1,0 +1,260 @@
+"""The declared messages: one class for each call, the type of its result, and the two shapes of a reply.
+
+A message is msgpack of exactly these types. Whatever does not decode as one of them ends the connection; nothing that the
+peer sends ever names a class, an attribute or a method of ours. Durations are seconds, None meaning "for ever".
+"""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any, ClassVar, Final
+
+import msgspec
+
+from lxc_pool import errors
+from lxc_pool.model import ContainerId, ContainerInfo, PoolStatus
+from lxc_pool.wire.channel import ProtocolError
+
+PROTOCOL: Final = 1
+"""Version of these messages; client and service have to agree on it."""
+
+
+class Call(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True, tag=True):
+    """Base of all calls."""
+
+    RESULT: ClassVar[Any] = None
+
+
+class Hello(Call, frozen=True, tag="hello"):
+    """Open the conversation: which version the client speaks; the service answers with its own."""
+
+    RESULT: ClassVar[Any] = int
+    protocol: int
+
+
+class Echo(Call, frozen=True, tag="echo"):
+    """Return *text*."""
+
+    RESULT: ClassVar[Any] = str
+    text: str
+
+
+class GetStatus(Call, frozen=True, tag="status"):
+    """Report the pool's counts."""
+
+    RESULT: ClassVar[Any] = PoolStatus
+
+
+class ListContainers(Call, frozen=True, tag="containers"):
+    """Report every container."""
+
+    RESULT: ClassVar[Any] = tuple[ContainerInfo, ...]
+
+
+class AwaitWarm(Call, frozen=True, tag="await_warm"):
+    """Wait until *count* containers (None: the capacity) are warm, or *timeout* has passed; report the counts then."""
+
+    RESULT: ClassVar[Any] = PoolStatus
+    count: int | None
+    timeout: float | None
+
+
+class Offer(msgspec.Struct, array_like=True, frozen=True):
+    """A container that is reserved for the caller until it confirms."""
+
+    name: str
+    profile: str
+
+
+class Get(Call, frozen=True, tag="get"):
+    """Reserve a container, waiting up to *timeout*; *request* is the client's name for this one wish.
+
+    The result is an offer, or the words for why there is none.
+    """
+
+    RESULT: ClassVar[Any] = Offer | str
+    request: str
+    id: ContainerId | str | int
+    timeout: float | None
+    profile: str
+    owner: int | None
+    ttl: float | None
+
+
+class Confirm(Call, frozen=True, tag="confirm"):
+    """Turn the offer for *request* into a lease; False: too late, it was taken back."""
+
+    RESULT: ClassVar[Any] = ContainerInfo | None
+    request: str
+
+
+class Abandon(Call, frozen=True, tag="abandon"):
+    """Give back whatever *request* got, in whichever step it is."""
+
+    request: str
+
+
+class Release(Call, frozen=True, tag="release"):
+    """End the lease of the container *name*; not an error if it has ended."""
+
+    name: str
+
+
+class Inspect(Call, frozen=True, tag="inspect"):
+    """Report the leased container *name*."""
+
+    RESULT: ClassVar[Any] = ContainerInfo
+    name: str
+
+
+class Addresses(Call, frozen=True, tag="addresses"):
+    """Report the network addresses of the leased container *name*."""
+
+    RESULT: ClassVar[Any] = tuple[str, ...]
+    name: str
+
+
+class Renew(Call, frozen=True, tag="renew"):
+    """Let the lease of *name* end *ttl* seconds from now."""
+
+    name: str
+    ttl: float
+
+
+class Keep(Call, frozen=True, tag="keep"):
+    """Let the lease of *name* outlive its owner and end *ttl* seconds from now."""
+
+    name: str
+    ttl: float
+
+
+class Execute(Call, frozen=True, tag="execute"):
+    """Start a command in the leased container *name*.
+
+    Beside it come four descriptors: stdin, stdout, stderr, and the control socket on which the command's supervisor talks
+    with the client.
+    """
+
+    name: str
+    request: bytes
+    """An encoded `execution.protocol.ExecRequest`, which may hold what no msgpack string can: any bytes but NUL."""
+
+
+class Resize(Call, frozen=True, tag="resize"):
+    """Change the number of warm containers."""
+
+    size: int
+
+
+class Drain(Call, frozen=True, tag="drain"):
+    """Discard warm containers and hand out nothing."""
+
+
+class Resume(Call, frozen=True, tag="resume"):
+    """Hand out containers again."""
+
+
+class Shutdown(Call, frozen=True, tag="shutdown"):
+    """End the service; answered when all is closed."""
+
+    grace: float
+    keep_leases: bool
+
+
+AnyCall = (
+    Hello
+    | Echo
+    | GetStatus
+    | ListContainers
+    | AwaitWarm
+    | Get
+    | Confirm
+    | Abandon
+    | Release
+    | Inspect
+    | Addresses
+    | Renew
+    | Keep
+    | Execute
+    | Resize
+    | Drain
+    | Resume
+    | Shutdown
+)
+
+
+class Result(msgspec.Struct, array_like=True, frozen=True, tag="result"):
+    """The call's result, encoded on its own."""
+
+    value: msgspec.Raw
+
+
+class Failure(msgspec.Struct, array_like=True, frozen=True, tag="failure"):
+    """The call failed with the error class *kind*."""
+
+    kind: str
+    message: str
+
+
+_ERRORS: Final[dict[str, type[Exception]]] = {
+    name: value
+    for name, value in [
+        *vars(errors).items(),
+        *((name, getattr(builtins, name)) for name in ("TypeError", "ValueError")),
+    ]
+    if isinstance(value, type) and issubclass(value, Exception)
+}
+
+_encoder = msgspec.msgpack.Encoder()
+_call_decoder: msgspec.msgpack.Decoder[AnyCall] = msgspec.msgpack.Decoder(AnyCall)
+_reply_decoder: msgspec.msgpack.Decoder[Result | Failure] = msgspec.msgpack.Decoder(Result | Failure)
+_result_decoders: dict[type[Call], msgspec.msgpack.Decoder[Any]] = {}
+
+
+def encode_call(call: Call) -> bytes:
+    """Encode *call* for the service."""
+    return _encoder.encode(call)
+
+
+def decode_call(body: bytes) -> AnyCall:
+    """Decode what a client sent.
+
+    Raises:
+        ProtocolError: It is none of the declared calls.
+    """
+    try:
+        return _call_decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a call of this protocol: {error}") from error
+
+
+def encode_result(value: object) -> bytes:
+    """Encode a call's result."""
+    return _encoder.encode(Result(msgspec.Raw(_encoder.encode(value))))
+
+
+def encode_failure(error: BaseException) -> bytes:
+    """Encode a call's failure; an error that is not declared becomes an InternalError."""
+    kind = type(error).__name__
+    if kind in _ERRORS and type(error) is _ERRORS[kind]:
+        return _encoder.encode(Failure(kind, str(error)))
+    return _encoder.encode(Failure("InternalError", f"{kind}: {error}; please report it, with the service's log"))
+
+
+def decode_reply(call: Call, body: bytes) -> Any:
+    """Return the result that the reply *body* to *call* carries.
+
+    Raises:
+        ProtocolError: It is not a reply to this call.
+        LxcPoolError, TypeError, ValueError: The failure that it carries.
+    """
+    try:
+        reply = _reply_decoder.decode(body)
+        if isinstance(reply, Failure):
+            raise _ERRORS.get(reply.kind, errors.InternalError)(reply.message)
+        decoder = _result_decoders.get(type(call))
+        if decoder is None:
+            decoder = _result_decoders.setdefault(type(call), msgspec.msgpack.Decoder(call.RESULT))
+        return decoder.decode(reply.value)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a reply of this protocol: {error}") from error
