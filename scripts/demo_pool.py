@@ -23,8 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from lxc_pool import ContainerId, PoolManager
-from lxc_pool.errors import LxcPoolError
+from lxc_pool import ContainerId, LxcPoolError, PoolManager, PoolServiceProxy
 from scripts.demo_site import COLD_BASE, LXC_POOL, STEP_TIMEOUT, Failed, Site, lxc, say
 
 COMMAND = ["sh", "-c", "hostname; id -u"]
@@ -184,7 +183,7 @@ def start_service(site: Site, size: int, signals: Signals) -> subprocess.Popen[b
     return service
 
 
-def lease_warm(pool: PoolManager, site: Site, number: int) -> Row:
+def lease_warm(pool: PoolServiceProxy, site: Site, number: int) -> Row:
     """Lease one container, run the command in it as a test would, give it back."""
     lease_id = ContainerId.create(f"demo-{number}")
     begin = time.perf_counter()

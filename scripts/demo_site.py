@@ -148,7 +148,8 @@ class Site:
         if not self.processes():
             return
         if (self.host_dir / "pool.sock").exists():
-            command: list[str | Path] = [LXC_POOL, "--host-dir", str(self.host_dir), "stop"]
+            # No grace: a lease that is left is our own, and nobody uses it any more.
+            command: list[str | Path] = [LXC_POOL, "--host-dir", str(self.host_dir), "stop", "--grace", "0"]
             with contextlib.suppress(subprocess.SubprocessError):
                 subprocess.run(command, check=True, capture_output=True, timeout=STEP_TIMEOUT, start_new_session=True)
         for signum in (signal.SIGTERM, signal.SIGKILL):
