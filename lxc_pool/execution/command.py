@@ -1,0 +1,178 @@
+"""The course of one command, as its supervisor sees it.
+
+ entering ── report's end of file ──► running ── main process reaped ──► over ── nobody left, or client gone ──► done
+     └─────────── Failed ──────────────────────────────────────────────────┘
+
+The client may signal the main process while it runs, and kill the tree at any time; its end does the latter, except
+once the command is over: background processes go on, as with `subprocess`, and the client can still have them killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+
+from lxc_pool.execution.cgroups import CommandCgroup
+from lxc_pool.execution.protocol import (
+    MAX_EVENT,
+    Exited,
+    Failed,
+    KillTree,
+    ProtocolError,
+    Signal,
+    Started,
+    decode_event,
+    decode_order,
+)
+
+KILL_TIMEOUT = 10.0
+"""Seconds that a killed tree has to be gone in. Origin: a guess; a process in a frozen v1 cgroup never is."""
+
+
+class Loop:
+    """Call back when a descriptor can be read or its other end is closed."""
+
+    def __init__(self) -> None:
+        """Watch nothing yet."""
+        self._poller = select.poll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call *callback* for as long as *fd* is readable."""
+        self._callbacks[fd] = callback
+        self._poller.register(fd, select.POLLIN)
+
+    def forget(self, fd: int) -> None:
+        """Undo `watch`."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._poller.unregister(fd)
+
+    def turn(self) -> None:
+        """Wait for something to happen and handle it."""
+        for fd, _ in self._poller.poll():
+            callback = self._callbacks.get(fd)
+            if callback is not None:  # else an earlier callback of this turn has closed it
+                callback()
+
+
+class Command:
+    """One command; it is `done` once the supervisor may forget it."""
+
+    def __init__(self, loop: Loop, cgroup: CommandCgroup, control: socket.socket, report: socket.socket) -> None:
+        """Serve the client at *control*; hear from usher and command on *report*. Both are closed in the end."""
+        self.done = False
+        self._loop = loop
+        self._cgroup = cgroup
+        self._control = control
+        self._report = report
+        self._pid = 0
+        self._pidfd = -1
+        self._status: int | None = None
+        self._failure: Failed | None = None
+        self._entering = True
+        self._killed = False
+        self._over = False
+        loop.watch(control.fileno(), self._on_control)
+        loop.watch(report.fileno(), self._on_report)
+
+    def fail(self, failure: Failed) -> None:
+        """End it: it could not even be sent in."""
+        self._failure = failure
+        self._entering = False
+        self._advance()
+
+    def _on_report(self) -> None:
+        data = self._report.recv(MAX_EVENT)
+        if not data:
+            self._loop.forget(self._report.fileno())
+            self._report.close()
+            self._entering = False
+            if self._pid and self._failure is None:
+                self._tell(Started(self._pid))
+            self._advance()
+            return
+        event = decode_event(data)
+        if isinstance(event, Started):
+            self._pid, self._pidfd = event.pid, os.pidfd_open(event.pid)
+            self._loop.watch(self._pidfd, self._on_exit)
+        elif isinstance(event, Failed):
+            self._failure = event
+
+    def _on_exit(self) -> None:
+        self._loop.forget(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        self._advance()
+
+    def _on_control(self) -> None:
+        try:
+            data = self._control.recv(MAX_EVENT)
+            order = decode_order(data) if data else None
+        except (OSError, ProtocolError):
+            order = None  # who does not keep to the protocol is as good as gone
+        if isinstance(order, Signal):
+            self._signal(order.signum)
+        elif isinstance(order, KillTree):
+            self._kill_tree()
+            if self._over:
+                self._tell(self._failure or self._end())
+                self._finish()
+        elif self._over:
+            self._finish()  # background processes go on
+        else:
+            self._loop.forget(self._control.fileno())
+            self._control.close()
+            self._kill_tree()
+            self._advance()
+
+    def _advance(self) -> None:
+        """See whether the command is over, and tell the client."""
+        if self._over or self._entering or (self._pid and self._status is None):
+            return
+        self._over = True
+        empty = self._cgroup.remove()  # before the client knows: then nothing of the command is left to be seen
+        self._tell(self._failure or self._end())
+        if empty or self._control.fileno() < 0:
+            self._finish()
+
+    def _end(self) -> Exited | Failed:
+        if self._status is not None:
+            return Exited(self._status)
+        if self._killed:
+            return Exited(-signal.SIGKILL)
+        return Failed(errno.ESRCH, "enter", "the container ended before the command was in it")
+
+    def _kill_tree(self) -> None:
+        self._killed = True
+        if self._entering:
+            # usher and command look for this end of file: who is born after it ends itself, who was before is killed
+            with contextlib.suppress(OSError):
+                self._report.shutdown(socket.SHUT_WR)
+        self._signal(signal.SIGKILL)  # a privileged container's root may have left the cgroup
+        if not self._cgroup.kill(KILL_TIMEOUT):
+            text = f"killed processes are still there after {KILL_TIMEOUT:g} s: is the container frozen?"
+            self._failure = Failed(errno.EBUSY, "kill", text)
+            self._tell(self._failure)
+
+    def _signal(self, signum: int) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(OSError):  # it has ended; EINVAL: there is no such signal
+                signal.pidfd_send_signal(self._pidfd, signum)
+
+    def _tell(self, event: Started | Failed | Exited) -> None:
+        with contextlib.suppress(OSError):  # the client has gone, which the next read says too
+            self._control.send(event.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+    def _finish(self) -> None:
+        self._cgroup.remove()
+        for sock in (self._control, self._report):
+            if sock.fileno() >= 0:
+                self._loop.forget(sock.fileno())
+                sock.close()
+        self.done = True

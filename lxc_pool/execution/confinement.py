@@ -1,0 +1,139 @@
+"""What the container's init is confined by, read from the host, and put on a command.
+
+A process that enters namespaces keeps its own capabilities, seccomp filters, limits and security label; a command has
+to take on init's, or it would be mightier than what the container was given. lxc-attach rereads them from the
+configuration (liblxc 5.0.2, src/lxc/attach.c); init itself can't be out of date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from typing import NamedTuple
+
+from lxc_pool.execution import namespaces
+
+_KINDS = (
+    ("user", namespaces.CLONE_NEWUSER),
+    ("mnt", namespaces.CLONE_NEWNS),
+    ("uts", namespaces.CLONE_NEWUTS),
+    ("ipc", namespaces.CLONE_NEWIPC),
+    ("net", namespaces.CLONE_NEWNET),
+    ("cgroup", namespaces.CLONE_NEWCGROUP),
+    ("time", namespaces.CLONE_NEWTIME),
+)
+_LIMITS = tuple(getattr(resource, name) for name in sorted(dir(resource)) if name.startswith("RLIMIT_"))
+_UNCONFINED = ("", "unconfined")
+
+
+class Confinement(NamedTuple):
+    """The walls around a container's init.
+
+    Attributes:
+        flags: CLONE_NEW* of the namespaces that are not the host's, without the pid namespace.
+        own_pids: Whether the container has a pid namespace of its own.
+        bounding: CapBnd of /proc/PID/status.
+        no_new_privs: NoNewPrivs there.
+        filters: Seccomp filters, oldest first.
+        limits: The soft and hard limit of each of `resource`'s RLIMIT_*.
+        oom_score_adj: See proc(5).
+        label: The AppArmor profile to execute under; None if there is none.
+    """
+
+    flags: int
+    own_pids: bool
+    bounding: int
+    no_new_privs: bool
+    filters: tuple[bytes, ...]
+    limits: tuple[tuple[int, int], ...]
+    oom_score_adj: str
+    label: str | None
+
+    @classmethod
+    def read(cls, pid: int) -> Confinement:
+        """Read it from process *pid*; the caller checks afterwards, by a pidfd, that it was the process it meant.
+
+        Raises:
+            OSError: There is no such process, or its seccomp filters can't be read.
+        """
+        status = dict(line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").splitlines() if ":\t" in line)
+        filtered = status.get("Seccomp", "0") == "2"
+        label = _read_optional(f"/proc/{pid}/attr/apparmor/current").rstrip("\0").rpartition(" (")
+        return cls(
+            flags=sum(flag for kind, flag in _KINDS if _differs(pid, kind)),
+            own_pids=_differs(pid, "pid"),
+            bounding=int(status["CapBnd"], 16),
+            no_new_privs=status.get("NoNewPrivs", "0") == "1",
+            filters=tuple(namespaces.seccomp_filters(pid)) if filtered else (),
+            limits=tuple(resource.prlimit(pid, limit) for limit in _LIMITS),
+            oom_score_adj=_read(f"/proc/{pid}/oom_score_adj"),
+            label=(name if (name := label[0] or label[2]) not in _UNCONFINED else None),
+        )
+
+    def apply_outside(self) -> None:
+        """Put on what needs the host's /proc or the host's root: limits, oom_score_adj, label of the next execve(2).
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        for limit, values in zip(_LIMITS, self.limits, strict=True):
+            _set_limit(limit, *values)
+        if self.oom_score_adj != _read("/proc/self/oom_score_adj"):
+            with contextlib.suppress(PermissionError):  # without CAP_SYS_RESOURCE it can only be raised
+                _write("/proc/self/oom_score_adj", self.oom_score_adj)
+        if self.label is not None:
+            _write("/proc/self/attr/apparmor/exec", f"exec {self.label}")
+
+    def apply_inside(self) -> None:  # pragma: no cover - runs in the container, where nothing can be recorded
+        """Put on what holds from now on, as root of the container: keyring, capabilities, filters.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        namespaces.new_session_keyring()
+        namespaces.limit_capabilities(self.bounding)
+        if self.no_new_privs:
+            namespaces.set_no_new_privs()
+        for code in self.filters:
+            namespaces.install_seccomp_filter(code)
+
+
+def _set_limit(limit: int, soft: int, hard: int) -> None:
+    """Set a limit; without CAP_SYS_RESOURCE as near as the own hard limit, which is then the lower one, permits."""
+    own_soft, own_hard = resource.getrlimit(limit)
+    if (soft, hard) == (own_soft, own_hard):
+        return
+    try:
+        resource.setrlimit(limit, (soft, hard))
+    except (ValueError, PermissionError):
+        lower = own_hard if soft == resource.RLIM_INFINITY else soft
+        resource.setrlimit(limit, (lower if own_hard == resource.RLIM_INFINITY else min(lower, own_hard), own_hard))
+
+
+def _differs(pid: int, kind: str) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    except FileNotFoundError:
+        if kind == "time":  # a kernel without CONFIG_TIME_NS
+            return False
+        raise
+
+
+def _read(path: str) -> str:
+    with open(path, "rb") as file:
+        return file.read().decode("utf-8", "replace")
+
+
+def _read_optional(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return _read(path).strip()
+    return ""
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)

@@ -1,0 +1,155 @@
+"""The last steps of a command, from a fork in the container's cgroups to execve(2).
+
+Outside nothing is left behind: every descriptor but the three streams, the report channel and the pidfd is closed
+before the namespaces are entered, and the process stays undumpable until its program runs, so that nobody in the
+container can borrow its memory or descriptors (CVE-2019-5736 and its kin).
+
+`posix`, not `os`: tools that wrap `os.execve` or `os._exit` write files there, which here would be the container's.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import posix
+import select
+import signal
+import stat
+from typing import NamedTuple, NoReturn
+
+from lxc_pool.execution import cgroups, identity, namespaces
+from lxc_pool.execution.confinement import Confinement
+from lxc_pool.execution.protocol import ExecRequest, Failed
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+UMASK = 0o022
+
+_REPORT = 3  # descriptors of the command until execve; both are closed by it
+_PIDFD = 4
+_NULL_DEVICE = os.makedev(1, 3)
+
+
+class Door(NamedTuple):
+    """The way into a container.
+
+    Attributes:
+        report: A SOCK_SEQPACKET socket that `Failed` is sent on.
+        pidfd: The container's init.
+        cgroup: A v1 cgroup that is still to be joined; None if the process was born in its own.
+        confinement: The walls to put on.
+    """
+
+    report: int
+    pidfd: int
+    cgroup: int | None
+    confinement: Confinement
+
+
+def enter_and_exec(
+    request: ExecRequest, stdio: tuple[int, int, int], door: Door
+) -> NoReturn:  # pragma: no cover - it ends in another program and another file system: nothing can be recorded
+    """Become the command, or report why not."""
+    stage, text = "enter", "entering the container"
+    confinement = door.confinement
+    try:
+        if door.cgroup is not None:
+            cgroups.enter(f"/proc/self/fd/{door.cgroup}")
+        _arrange_descriptors(stdio, door.report, door.pidfd)
+        if is_withdrawn(_REPORT):
+            raise InterruptedError(errno.EINTR, "withdrawn")
+        os.setsid()
+        confinement.apply_outside()
+        namespaces.setns(_PIDFD, confinement.flags)
+        posix.close(_PIDFD)
+        if confinement.flags & namespaces.CLONE_NEWUSER:
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
+        namespaces.set_undumpable()  # a change of ids may have reset it: fs.suid_dumpable, proc(5)
+        _replace_null_devices()
+        stage, text = "user", f"becoming user {request.user!r}"
+        user = identity.load(request.user)
+        stage, text = "enter", "confining the command"
+        confinement.apply_inside()
+        stage, text = "user", f"becoming user {request.user!r}"
+        os.setgroups(user.groups)
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+        namespaces.set_undumpable()
+        stage, text = "cwd", request.cwd
+        os.chdir(request.cwd.encode("utf-8", "surrogateescape"))
+        stage, text = "exec", request.argv[0]
+        os.umask(UMASK)
+        # last, for a change of ids clears it; without its supervisor nobody could end the command any more
+        namespaces.die_with_parent(signal.SIGKILL)
+        execute(request.argv, environment(request.env, user))
+    except identity.UnknownUser as exc:
+        failure = Failed(0, "user", str(exc.args[0]))
+    except OSError as exc:
+        failure = Failed(exc.errno or 0, stage, text if stage in ("cwd", "exec") else f"{text}: {exc.strerror}")
+    except BaseException as exc:  # noqa: BLE001 - a fork must never return into its parent's code
+        failure = Failed(0, "enter", f"{text}: {exc!r}")
+    try:
+        posix.write(_REPORT, failure.encode())
+    finally:
+        posix._exit(127)  # noqa: SLF001 - that is its name
+
+
+def is_withdrawn(report: int) -> bool:
+    """Tell whether the supervisor has given the command up: it has closed its writing half of *report*."""
+    poller = select.poll()
+    poller.register(report, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def environment(extra: dict[str, str], user: identity.Identity) -> dict[bytes, bytes]:
+    """Return all that a command's environment holds: four defaults, and *extra* over them."""
+    defaults = {"PATH": DEFAULT_PATH, "HOME": user.home, "USER": user.name, "LANG": "C.UTF-8"}
+    return {
+        name.encode("utf-8", "surrogateescape"): value.encode("utf-8", "surrogateescape")
+        for name, value in (defaults | extra).items()
+    }
+
+
+def execute(argv: tuple[str, ...], env: dict[bytes, bytes]) -> NoReturn:
+    """Replace this process by *argv*, looked for in *env*'s PATH unless it holds a slash.
+
+    Raises:
+        OSError: It can't be: that of the first file found, else that of the last place looked at, as execvpe(3).
+    """
+    args = [arg.encode("utf-8", "surrogateescape") for arg in argv]
+    if b"/" in args[0] or not args[0]:
+        candidates = [args[0]]
+    else:
+        candidates = [(place or b".") + b"/" + args[0] for place in env.get(b"PATH", b"").split(b":")]
+    found: OSError | None = None
+    missing: OSError | None = None
+    for path in candidates:
+        try:
+            posix.execve(path, args, env)
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            missing = exc
+        except OSError as exc:
+            found = found or exc
+    raise found or missing or FileNotFoundError(2, "no such command")
+
+
+def _arrange_descriptors(stdio: tuple[int, int, int], report: int, pidfd: int) -> None:  # pragma: no cover - as above
+    # first out of the way, so that no target overwrites a source
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PIDFD + 1) for fd in (*stdio, report, pidfd)]
+    for target, source in enumerate(moved):
+        posix.dup2(source, target, inheritable=target <= 2)
+    namespaces.close_all_except((0, 1, 2, _REPORT, _PIDFD))
+
+
+def _replace_null_devices() -> None:  # pragma: no cover - as above
+    """Open the container's /dev/null instead of the host's, whose mode a privileged container's root could change."""
+    for target in range(3):
+        status = os.fstat(target)
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL_DEVICE:
+            fd = os.open("/dev/null", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            opened = os.fstat(fd)
+            if not stat.S_ISCHR(opened.st_mode) or opened.st_rdev != _NULL_DEVICE:
+                raise OSError(errno.ENODEV, "the container's /dev/null is not the null device")
+            posix.dup2(fd, target)
+            posix.close(fd)

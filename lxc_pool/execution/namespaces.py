@@ -1,0 +1,205 @@
+"""The system calls that Python 3.11 lacks, through ctypes.
+
+`PyDLL` keeps the GIL over the call: the callers are single-threaded, and after `clone3` the child must find the
+interpreter in the state the parent left it in. Source of the numbers: include/uapi/linux/ of Linux 6.1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Any, NoReturn
+
+CLONE_NEWTIME = 0x00000080
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+_CLONE_PARENT = 0x00008000
+_CLONE_INTO_CGROUP = 0x200000000
+_SYS_CLONE3 = 435  # one number on every architecture since Linux 5.0's table was unified
+_SYS_CLOSE_RANGE = 436
+_SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280, "armv7l": 311, "i686": 288}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP = 22
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_SECCOMP_MODE_FILTER = 2
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+_PTRACE_DETACH = 17
+_PTRACE_SEIZE = 0x4206
+_PTRACE_INTERRUPT = 0x4207
+_PTRACE_SECCOMP_GET_FILTER = 0x420C
+_WALL = 0x40000000
+_MAX_FD = 2**32 - 1
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class _CloneArgs(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            *("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls"),
+            *("set_tid", "set_tid_size", "cgroup"),
+        )
+    ]
+
+
+class _FilterProgram(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def setns(fd: int, flags: int) -> None:
+    """Enter the namespaces *flags* of the process behind a pidfd, all or none (Linux 5.8).
+
+    Raises:
+        OSError: The kernel refused; ESRCH if the process has ended.
+    """
+    _check(_libc.setns(fd, flags), "setns")
+
+
+def clone_sibling(cgroup: int | None) -> int:
+    """Fork; the child's parent is this process's parent, and its v2 cgroup the directory *cgroup*, with no migration.
+
+    Python's fork hooks don't run: the child may make system calls and exec, no more.
+
+    Returns:
+        The child's pid; 0 in the child.
+
+    Raises:
+        OSError: EAGAIN if a pids limit is reached, ENOSYS before Linux 5.7 or where a filter hides clone3(2).
+    """
+    flags = _CLONE_PARENT | (_CLONE_INTO_CGROUP if cgroup is not None else 0)
+    # exit_signal must be 0 with CLONE_PARENT: the child gets this process's own, SIGCHLD
+    args = _CloneArgs(flags=flags, cgroup=cgroup or 0)
+    pid: int = _libc.syscall(
+        ctypes.c_long(_SYS_CLONE3), ctypes.byref(args), ctypes.c_size_t(ctypes.sizeof(args))
+    )  # errno is taken below, before anything else is called
+    return _check(pid, "clone3")
+
+
+def close_all_except(keep: tuple[int, ...]) -> None:
+    """Close every descriptor but those in *keep* (close_range(2), Linux 5.9)."""
+    low = 0
+    for fd in (*sorted(set(keep)), _MAX_FD + 1):
+        if fd > low:
+            call = (ctypes.c_long(_SYS_CLOSE_RANGE), ctypes.c_uint(low), ctypes.c_uint(fd - 1), ctypes.c_uint(0))
+            _check(_libc.syscall(*call), "close_range")
+        low = fd + 1
+
+
+def set_undumpable() -> None:
+    """Keep other processes without CAP_SYS_PTRACE on the host out of this one, until it executes a program."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def die_with_parent(signum: int) -> None:
+    """Have the kernel send *signum* to this process when its parent ends; it survives execve(2), not a set-uid one."""
+    _prctl(_PR_SET_PDEATHSIG, signum)
+
+
+def set_no_new_privs() -> None:
+    """Let no execve(2) of this process, or of its children, gain privileges."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def limit_capabilities(bounding: int) -> None:
+    """Drop from the bounding set what *bounding* lacks, and empty the inheritable and the ambient set.
+
+    Args:
+        bounding: A bit a capability, as CapBnd of /proc/PID/status.
+    """
+    for capability in range(64):
+        # not from /proc/sys/kernel/cap_last_cap: that file may be the container's
+        if not bounding >> capability & 1 and not _drop_from_bounding_set(capability):
+            break
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable of bits 0-31, then of bits 32-63
+    _check(_libc.capget(header, data), "capget")
+    data[2] = data[5] = 0
+    _check(_libc.capset(header, data), "capset")
+
+
+def new_session_keyring() -> None:
+    """Leave the host's session keyring for an empty one (keyctl(2)); a kernel without keys has none to leave."""
+    number = _SYS_KEYCTL.get(os.uname().machine)
+    if number is not None:
+        _libc.syscall(ctypes.c_long(number), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
+
+
+def seccomp_filters(pid: int) -> list[bytes]:
+    """Read the seccomp filters of process *pid*, oldest first; it stands still meanwhile, some 0.1 ms.
+
+    Source: ptrace(2), PTRACE_SECCOMP_GET_FILTER (Linux 4.4, CONFIG_CHECKPOINT_RESTORE).
+
+    Raises:
+        OSError: It can't be traced (EPERM: somebody else does), or the kernel can't tell (EIO, ENOSYS, EMEDIUMTYPE).
+    """
+    _check(_libc.ptrace(_PTRACE_SEIZE, pid, None, None), "ptrace(SEIZE)")
+    try:
+        _check(_libc.ptrace(_PTRACE_INTERRUPT, pid, None, None), "ptrace(INTERRUPT)")
+        os.waitpid(pid, _WALL)
+        filters: list[bytes] = []
+        while (code := _seccomp_filter(pid, len(filters))) is not None:
+            filters.append(code)
+        return filters
+    finally:
+        _libc.ptrace(_PTRACE_DETACH, pid, None, None)
+
+
+def install_seccomp_filter(code: bytes) -> None:
+    """Filter this process's system calls from now on; needs CAP_SYS_ADMIN in its user namespace or no_new_privs."""
+    program = _FilterProgram(len(code) // 8, code)
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program))
+
+
+def _seccomp_filter(pid: int, index: int) -> bytes | None:
+    length = _libc.ptrace(_PTRACE_SECCOMP_GET_FILTER, pid, index, None)
+    if length < 0 and ctypes.get_errno() == errno.ENOENT:  # no more of them
+        return None
+    code = ctypes.create_string_buffer(_check(length, "ptrace(SECCOMP_GET_FILTER)") * 8)
+    _check(_libc.ptrace(_PTRACE_SECCOMP_GET_FILTER, pid, index, code), "ptrace(SECCOMP_GET_FILTER)")
+    return code.raw
+
+
+def _drop_from_bounding_set(capability: int) -> bool:
+    """Return False if the kernel knows no such capability, nor any above."""
+    try:
+        _prctl(_PR_CAPBSET_DROP, capability)
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
+def _prctl(option: int, argument: int, pointer: Any = None) -> None:
+    zero = ctypes.c_ulong(0)
+    _check(_libc.prctl(option, ctypes.c_ulong(argument), pointer or zero, zero, zero), f"prctl({option})")
+
+
+def _check(result: int, call: str) -> int:
+    if result < 0:
+        _raise(call)
+    return result
+
+
+def _raise(call: str) -> NoReturn:
+    number = ctypes.get_errno()
+    raise OSError(number, f"{call}: {os.strerror(number)}")

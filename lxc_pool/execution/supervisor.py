@@ -1,0 +1,172 @@
+"""The supervisor of a container's commands.
+
+ agent ──packets: request, descriptors──► supervisor      own session, host's namespaces and cgroups
+                                            │ fork  ▲ ▲ ▲
+                                            ▼       │ │ └── a control socket for each command: its client
+                                          usher     │ └──── a report socket for each: Started, Failed, executed
+                                            └────► commands, its children (see `usher`)
+
+One for each container, not for each command: the usher joins the container's v1 cgroups once, which takes 10 ms, and a
+command then costs one fork. (One for each, with the next one's usher sent ahead, was no quicker than without: while a
+process waits to join a v1 cgroup it holds the lock that making and removing the command's own cgroup needs.)
+
+It outlives agent and service for as long as it has commands. One thread; what may block it is the end of killed
+processes, `command.KILL_TIMEOUT` at most.
+
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import traceback
+from typing import NamedTuple, NoReturn
+
+from lxc_pool.execution import cgroups, namespaces, packets
+from lxc_pool.execution.command import Command, Loop
+from lxc_pool.execution.protocol import Failed, ProtocolError
+from lxc_pool.execution.usher import usher
+
+Mounts = dict[frozenset[str], str]
+
+
+class Container(NamedTuple):
+    """The container's init, twice: a pid to look into /proc with, and a pidfd that can't come to mean another."""
+
+    init_pid: int
+    pidfd: int
+
+
+def supervise(container: Container, mounts: Mounts, orders: socket.socket) -> NoReturn:
+    """Be a supervisor, in a fork of the agent, from here to its end.
+
+    Args:
+        container: Where the commands go.
+        mounts: See `cgroups.mounted`.
+        orders: Where they come from: packets of a request with stdin, stdout, stderr and control.
+    """
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        namespaces.close_all_except((0, 1, 2, container.pidfd, orders.fileno()))
+        Supervisor(container, mounts, orders).run()
+        code = 0
+    except BaseException:  # noqa: BLE001 - a fork must never return into its parent's code
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+class Supervisor:
+    """Serve a container until it, or the agent, and all commands have ended."""
+
+    def __init__(self, container: Container, mounts: Mounts, orders: socket.socket) -> None:
+        """Take over *orders*."""
+        self._container = container
+        self._mounts = mounts
+        self._orders = orders
+        self._loop = Loop()
+        self._commands: list[Command] = []
+        self._count = 0
+        self._where: cgroups.Membership | None = None
+        self._usher: socket.socket | None = None
+        self._usher_pidfd = -1
+        self._serving = True
+
+    def run(self) -> None:
+        """Do it."""
+        self._loop.watch(self._orders.fileno(), self._on_orders)
+        self._loop.watch(self._container.pidfd, self._on_container_end)
+        with contextlib.suppress(OSError):  # the first command will hear of it
+            self._send_usher()
+        while self._serving or self._commands:
+            self._loop.turn()
+            self._commands = [command for command in self._commands if not command.done]
+        self._dismiss_usher()
+
+    def _on_orders(self) -> None:
+        try:
+            packet = packets.receive(self._orders)
+        except ProtocolError:
+            traceback.print_exc()
+            return
+        except ConnectionError:
+            packet = None
+        if packet is None:
+            self._loop.forget(self._orders.fileno())
+            self._orders.close()
+            self._serving = False
+            return
+        request, (stdin, stdout, stderr, control) = packet
+        self._launch(request, [stdin, stdout, stderr], socket.socket(fileno=control))
+
+    def _on_container_end(self) -> None:
+        self._loop.forget(self._container.pidfd)
+        self._loop.forget(self._orders.fileno())
+        self._orders.close()  # the agent sees it and sends nothing more
+        self._serving = False
+
+    def _launch(self, request: bytes, fds: list[int], control: socket.socket) -> None:
+        """Send a command in; closes *fds*, and *control* when the command is done."""
+        try:
+            where, requests = self._send_usher()
+            self._count += 1
+            cgroup = cgroups.CommandCgroup(where.parent, f"lxc_pool.{os.getpid()}.{self._count}")
+            cgroup.create()
+            fds.append(cgroup.open())
+            report, its_end = packets.pair()
+            with its_end:
+                fds.insert(3, os.dup(its_end.fileno()))
+            command = Command(self._loop, cgroup, control, report)
+            self._commands.append(command)
+            packets.send(requests, request, fds)
+        except OSError as exc:
+            failure = Failed(exc.errno or 0, "enter", f"the container has ended, or can't be entered: {exc}")
+            with control, contextlib.suppress(OSError):
+                control.send(failure.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _send_usher(self) -> tuple[cgroups.Membership, socket.socket]:
+        """Return where commands go, and the connection to an usher, a new one if there is none.
+
+        Raises:
+            OSError: The container has ended, its cgroups are out of reach, or no process is left.
+        """
+        if self._usher is None or self._where is None:
+            self._where = cgroups.membership(self._container.init_pid, self._mounts)
+            self._usher, other = packets.pair()
+            pid = os.fork()
+            if not pid:
+                usher(other, self._container.init_pid, self._container.pidfd, self._where)
+            other.close()
+            self._usher_pidfd = os.pidfd_open(pid)
+            self._loop.watch(self._usher_pidfd, self._dismiss_usher)
+        return self._where, self._usher
+
+    def _dismiss_usher(self) -> None:
+        """Reap an usher that has ended, as the out-of-memory killer may have it, or end it."""
+        if self._usher is None:
+            return
+        self._usher.close()
+        self._usher = None
+        self._loop.forget(self._usher_pidfd)
+        os.waitid(os.P_PIDFD, self._usher_pidfd, os.WEXITED)
+        ended = _is_readable(self._container.pidfd)
+        os.close(self._usher_pidfd)
+        if ended and self._where is not None:
+            # liblxc may have tried to remove these while the usher was still on its way out of them
+            for directory in (*self._where.join, self._where.parent):
+                with contextlib.suppress(OSError):  # mostly it was done before
+                    os.rmdir(directory)
+
+
+def _is_readable(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(0))

@@ -1,0 +1,92 @@
+"""The usher: it goes ahead into a container's cgroups, and forks every command there.
+
+ supervisor ──request, streams, report socket──► usher        in the container's v1 cgroups, else on the host
+     ▲                                             │ clone3(CLONE_PARENT | CLONE_INTO_CGROUP), pid namespace
+     └───────────────── is the parent of ──────► command      enters the rest and executes, see `entry`
+
+Joining v1 cgroups is what takes long (`cgroups`); the usher does it once for all commands of a container, and reads the
+container's confinement once. It stays in the host's pid namespace: the container can neither see nor trace it. It ends
+with its supervisor or with the container's init. One thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+from typing import NoReturn
+
+from lxc_pool.execution import cgroups, entry, namespaces, packets
+from lxc_pool.execution.confinement import Confinement
+from lxc_pool.execution.protocol import ExecRequest, Failed, ProtocolError, Started
+
+
+def usher(requests: socket.socket, init_pid: int, pidfd: int, where: cgroups.Membership) -> NoReturn:
+    """Go ahead to *where*, and fork commands until *requests* or the container ends.
+
+    A request's descriptors are stdin, stdout, stderr, report and the command's cgroup. The answer goes to report:
+    `Started` once the process exists, or `Failed`. Nothing is ever read from it; its end of file means
+    that the request has been withdrawn.
+
+    Args:
+        requests: The connection to the supervisor.
+        init_pid: The container's init.
+        pidfd: The same.
+        where: The container's cgroups.
+    """
+    code = 1
+    try:
+        namespaces.close_all_except((0, 1, 2, requests.fileno(), pidfd))
+        poller = select.poll()
+        poller.register(requests, select.POLLIN)
+        confinement = _go_ahead(init_pid, pidfd, where.join)
+        poller.register(pidfd, select.POLLIN)
+        while all(fd != pidfd for fd, _ in poller.poll()) and (packet := packets.receive(requests)) is not None:
+            _serve(packet, pidfd, confinement, where.unified)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _go_ahead(init_pid: int, pidfd: int, join: tuple[str, ...]) -> Confinement | OSError:
+    """Get ready; an error is for the first request to hear of."""
+    try:
+        confinement = Confinement.read(init_pid)
+        for directory in join:
+            cgroups.enter(directory)
+        if confinement.own_pids:
+            namespaces.setns(pidfd, namespaces.CLONE_NEWPID)  # for children only
+        # what was read above was init's: its pid can't have been reused while it lives
+        signal.pidfd_send_signal(pidfd, 0)
+    except OSError as exc:
+        return exc
+    return confinement
+
+
+def _serve(packet: tuple[bytes, list[int]], pidfd: int, confinement: Confinement | OSError, unified: bool) -> None:
+    payload, fds = packet
+    stdin, stdout, stderr, report, cgroup = fds
+    try:
+        if isinstance(confinement, OSError):
+            raise confinement
+        request = ExecRequest.decode(payload)
+        if entry.is_withdrawn(report):
+            raise InterruptedError(errno.EINTR, "withdrawn")
+        pid = namespaces.clone_sibling(cgroup if unified else None)
+        if not pid:
+            door = entry.Door(report, pidfd, None if unified else cgroup, confinement)
+            entry.enter_and_exec(request, (stdin, stdout, stderr), door)
+        answer: Started | Failed = Started(pid)
+    except ProtocolError as exc:
+        answer = Failed(0, "enter", f"a malformed request: {exc}")
+    except OSError as exc:
+        answer = Failed(exc.errno or 0, "enter", f"entering the container: {exc}")
+    try:
+        os.write(report, answer.encode())
+    except OSError:  # the supervisor has ended, or given the command up
+        return
+    finally:
+        for fd in fds:  # the command's copy of report is now the last: its execve is the supervisor's end of file
+            os.close(fd)
