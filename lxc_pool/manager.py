@@ -17,7 +17,8 @@ __all__ = ["SERIALIZER", "PoolManager", "connect_channel"]
 class PoolManager(managers.BaseManager):
     """The manager whose one registered object is the `PoolService`.
 
-    Test code calls `PoolManager.connect` and uses the proxy that it returns; nothing else of a `BaseManager` is of use to
+    Test code calls `PoolManager.connect` and uses the proxy that it returns; nothing else of a `BaseManager` is of use
+    to
     it: the service is started by `lxc-pool serve`, as a rule by root, and not by its clients.
     """
 

@@ -1,1 +1,1 @@
-"""Where containers come from: what every engine has to do (`protocol`), LXC (`lxc`), and a fake for tests (`memory`)."""
+"""Where containers come from: what an engine has to do (`protocol`), LXC (`lxc`), a fake for tests (`memory`)."""

@@ -1,7 +1,8 @@
 """What the pool asks of a container engine.
 
-Every call may block for as long as the engine does, so it is made in a lane's worker process only; a lane that takes too
-long is killed, at any point, and `destroy` has to be able to clean up after that. Nothing here assumes that containers run
+Every call may block for as long as the engine does, so it is made in a lane's worker process only; a lane that takes
+too long is killed, at any point, and `destroy` has to be able to clean up after that. Nothing here assumes that
+containers run
 on this host: a cluster of hosts would be one more implementation.
 """
 

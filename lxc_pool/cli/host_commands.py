@@ -1,4 +1,7 @@
-"""Commands about this host: check, serve, image."""
+"""Commands about this host: check, serve, image.
+
+What needs the `server` extra is imported where it is used: the program is the clients' too.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def _add_state_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from lxc_pool.host import requirements  # here and below: what only the server's extra has is not for clients
+    from lxc_pool.host import requirements
 
     found = requirements.check(arguments.state_dir)
     if arguments.json:

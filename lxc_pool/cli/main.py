@@ -26,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.function(arguments)
         sys.stdout.flush()
-        return status
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -37,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (errors.LxcPoolError, OSError, ValueError, TypeError) as error:
         print(f"lxc-pool: {error}", file=sys.stderr)
         return COMMAND_FAILED_TO_RUN if runs_a_command else status_of(error)
+    return status
 
 
 def status_of(error: Exception) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import stat
-import struct
 import time
 from collections.abc import Sequence
 from multiprocessing import managers
@@ -16,7 +15,7 @@ from typing import Any, Final
 from lxc_pool import hostdir
 from lxc_pool.errors import AccessDenied, AuthenticationFailed, HostDirError, ServiceUnavailable
 from lxc_pool.wire import handshake, messages
-from lxc_pool.wire.channel import Channel, ProtocolError
+from lxc_pool.wire.channel import Channel, ProtocolError, credentials
 
 SERIALIZER: Final = "lxc-pool"
 """Our codec's name among those of `multiprocessing.managers`, which has "pickle" and "xmlrpclib"."""
@@ -25,9 +24,7 @@ _PAUSE = 0.02
 """Seconds between two tries to reach a service that is not there. Polled: the directory itself may not be there yet."""
 
 _ORDERLY_END = 1.0
-"""Seconds to look for a socket that is gone when a connection was lost: only a service that ended in order removes it."""
-
-_UCRED = struct.Struct("3i")
+"""Seconds to look for a removed socket after a connection was lost: only a service that ended in order removes it."""
 
 
 class AnswerLost(EOFError):
@@ -63,7 +60,7 @@ class Connection:
                 if again:
                     deadline = min(deadline, began + _ORDERLY_END)
             except (ConnectionError, EOFError, TimeoutError) as error:
-                reason = f"the socket is there, but: {error or type(error).__name__}"
+                reason = f"the socket is there, but: {str(error) or type(error).__name__}"
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise ServiceUnavailable(
@@ -93,11 +90,12 @@ class Connection:
             raise AnswerLost(str(error)) from error
         return messages.decode_reply(call, body)
 
-    def await_end(self, deadline: float) -> None:
-        """Wait until the service has closed the connection, as the very last thing that it does."""
-        self._channel.deadline = deadline
-        with contextlib.suppress(EOFError, OSError, ProtocolError):
-            self._channel.recv_bytes()
+    def hold_server(self) -> int | None:
+        """Return a pidfd of the service's process; None if it is in a pid namespace that is not ours to see."""
+        pid = self._channel.peer[0]
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            return os.pidfd_open(pid) if pid else None
+        return None
 
     def close(self) -> None:
         """Close this end."""
@@ -187,7 +185,7 @@ def _reach(sock: socket.socket, path: Path, deadline: float) -> None:
 
 def _check_server(sock: socket.socket, path: Path) -> None:
     """Refuse a socket that some other user has planted."""
-    _pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    uid = credentials(sock)[1]
     if uid not in (0, os.geteuid()):
         raise HostDirError(f"the server on {path} runs as uid {uid}, not as root: not using it")
 

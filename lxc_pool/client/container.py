@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from lxc_pool.client import process
+from lxc_pool.client.caller import Caller
 from lxc_pool.errors import LxcPoolError, UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.model import ContainerInfo, LeaseId, State
@@ -18,8 +19,6 @@ from lxc_pool.wire import messages
 if TYPE_CHECKING:
     import subprocess
 
-    from lxc_pool.client.pool import PoolServiceProxy
-
 _FINALIZER_TIMEOUT = 2.0
 """Seconds that the release by a finalizer may take. A guess; the service reaps it anyhow when this process ends."""
 
@@ -27,19 +26,20 @@ _FINALIZER_TIMEOUT = 2.0
 class Container:
     """A container that is this process's alone until it is released; then it is destroyed.
 
-    `with` releases it at the end. It may be pickled to a child process of its owner and used there, but only the handle that
-    `get` returned, in the process that called it, releases it when it is garbage-collected, with a `ResourceWarning`.
+    `with` releases it at the end. It may be pickled to a child process of its owner and used there, but only the handle
+    that `get` returned, in the process that called it, releases it when it is garbage-collected, with a
+    `ResourceWarning`.
     """
 
-    def __init__(self, pool: PoolServiceProxy, info: ContainerInfo, *, owned: bool) -> None:
+    def __init__(self, caller: Caller, info: ContainerInfo, *, owned: bool) -> None:
         """Make a handle. Use `get` or `lease` of the pool.
 
         Args:
-            pool: The connection to the service.
+            caller: The connection to the service.
             info: What the service says of the container.
             owned: Whether the handle releases the container when it is garbage-collected.
         """
-        self._pool = pool
+        self._caller = caller
         self._info = info
         self._released = False
         self._owner_pid = os.getpid() if owned else None
@@ -73,7 +73,7 @@ class Container:
         Raises:
             UnknownLease, LeaseExpired: The lease has ended.
         """
-        info: ContainerInfo = self._pool._ask(messages.Inspect(self.name))
+        info: ContainerInfo = self._caller.ask(messages.Inspect(self.name))
         return info.state
 
     @property
@@ -83,14 +83,14 @@ class Container:
         Raises:
             UnknownLease, LeaseExpired: The lease has ended.
         """
-        addresses: tuple[str, ...] = self._pool._ask(messages.Addresses(self.name))
+        addresses: tuple[str, ...] = self._caller.ask(messages.Addresses(self.name))
         return addresses
 
     def run(
         self,
         args: list[str] | tuple[str, ...],
         *,
-        input: str | bytes | None = None,
+        input: str | bytes | None = None,  # noqa: A002  # as subprocess.run names it
         capture_output: bool = False,
         stdin: int | IO[Any] | None = None,
         stdout: int | IO[Any] | None = None,
@@ -106,7 +106,8 @@ class Container:
     ) -> subprocess.CompletedProcess[Any]:
         """Run a command inside and wait for it; keywords, result and errors are those of `subprocess.run`.
 
-        The caller's environment does not enter: the command starts in `/` with PATH, HOME, USER, LANG=C.UTF-8 and *env*.
+        The caller's environment does not enter: the command starts in `/` with PATH, HOME, USER, LANG=C.UTF-8 and
+        *env*.
 
         Args:
             args: The command and its arguments.
@@ -174,7 +175,7 @@ class Container:
         Raises:
             UnknownLease, LeaseExpired: It has ended.
         """
-        self._pool._ask(messages.Renew(self.name, float(ttl)))
+        self._caller.ask(messages.Renew(self.name, float(ttl)))
 
     def keep(self, ttl: float) -> None:
         """Let the lease lose its owner: it outlives this process and ends after *ttl* seconds, or by `release`.
@@ -182,7 +183,7 @@ class Container:
         Raises:
             UnknownLease, LeaseExpired: It has ended.
         """
-        self._pool._ask(messages.Keep(self.name, float(ttl)))
+        self._caller.ask(messages.Keep(self.name, float(ttl)))
         self._owner_pid = None
 
     def release(self) -> None:
@@ -195,7 +196,7 @@ class Container:
             return
         self._released = True
         with contextlib.suppress(UnknownLease):  # it has ended already
-            self._pool._ask(messages.Release(self.name))
+            self._caller.ask(messages.Release(self.name))
 
     def __enter__(self) -> Self:
         return self
@@ -206,7 +207,7 @@ class Container:
         self.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self._pool, self._info)
+        return _unpickle, (self._caller, self._info)
 
     def __repr__(self) -> str:
         return f"<container {self.name} of profile {self.profile!r}, leased as {str(self.id)!r}>"
@@ -218,12 +219,12 @@ class Container:
         self._released = True
         warnings.warn(f"{self!r} was never released", ResourceWarning, stacklevel=2, source=self)
         with contextlib.suppress(LxcPoolError):
-            self._pool._ask(messages.Release(self.name), _FINALIZER_TIMEOUT)
+            self._caller.ask(messages.Release(self.name), _FINALIZER_TIMEOUT)
 
     def _launch(self, request: ExecRequest, descriptors: tuple[int, int, int, int]) -> None:
         """Hand a command and its descriptors to the service."""
-        self._pool._ask(messages.Execute(self.name, request.encode()), descriptors=descriptors)
+        self._caller.ask(messages.Execute(self.name, request.encode()), descriptors=descriptors)
 
 
-def _unpickle(pool: PoolServiceProxy, info: ContainerInfo) -> Container:
-    return Container(pool, info, owned=False)
+def _unpickle(caller: Caller, info: ContainerInfo) -> Container:
+    return Container(caller, info, owned=False)

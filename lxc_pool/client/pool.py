@@ -5,37 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import managers
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from lxc_pool import hostdir
-from lxc_pool.client.connection import SERIALIZER, AnswerLost, Connection
+from lxc_pool.client.caller import CALL_TIMEOUT, GRACE, LOST, Caller
+from lxc_pool.client.connection import SERIALIZER
 from lxc_pool.client.container import Container
 from lxc_pool.errors import LxcPoolError, PoolTimeout, ServiceUnavailable
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.wire import messages
-from lxc_pool.wire.channel import ProtocolError
-
-CALL_TIMEOUT: Final = 30.0
-"""Seconds that a call may take which has no timeout of its own. Origin: the public contract."""
-
-GRACE: Final = 5.0
-"""Seconds that the service has, beyond the caller's timeout, to say that nothing came free. Origin: the ancestor."""
-
-_LOST = (EOFError, OSError, ProtocolError)
 
 
 class PoolServiceProxy(managers.BaseProxy):
     """The pool, as test code sees it.
 
-    Thread-safe: each call takes a connection of its own out of `_idle`, or makes one. After a fork the child makes new ones.
-    A call whose connection is lost is made again on a new one, with a newly read key, within its timeout.
+    Thread-safe. A call whose connection is lost is made again on a new one, with a newly read key, within its timeout.
     """
 
     def __init__(self, host_dir: Path) -> None:
@@ -43,15 +34,14 @@ class PoolServiceProxy(managers.BaseProxy):
         token = managers.Token("PoolService", str(hostdir.socket_path(host_dir)), "pool")
         super().__init__(token, SERIALIZER, authkey=b"", incref=False)
         self.host_dir = host_dir
-        # A deque, since its append and pop are atomic: a lock could be asked for again by a finalizer of ours.
-        self._idle: deque[Connection] = deque()
+        self._caller = Caller(host_dir)
 
     @classmethod
     def connect(cls, host_dir: Path, timeout: float) -> Self:
         """See `PoolManager.connect`."""
         check_timeout("timeout", timeout)
         pool = cls(host_dir)
-        pool._idle.append(Connection.open(host_dir, time.monotonic() + timeout))
+        pool._caller.give_back(pool._caller.borrow(time.monotonic() + timeout, again=False))
         return pool
 
     # --- the pool -----------------------------------------------------------------------------------------------------
@@ -60,16 +50,16 @@ class PoolServiceProxy(managers.BaseProxy):
         """Return *text*, by way of the service: is it alive?"""
         if not isinstance(text, str):
             raise TypeError(f"echo takes a str, not {text!r}")
-        return str(self._ask(messages.Echo(text)))
+        return str(self._caller.ask(messages.Echo(text)))
 
     def status(self) -> PoolStatus:
         """Return what the service says of itself."""
-        status: PoolStatus = self._ask(messages.GetStatus())
+        status: PoolStatus = self._caller.ask(messages.GetStatus())
         return status
 
     def containers(self) -> tuple[ContainerInfo, ...]:
         """Return every container of the pool, in any state."""
-        infos: tuple[ContainerInfo, ...] = self._ask(messages.ListContainers())
+        infos: tuple[ContainerInfo, ...] = self._caller.ask(messages.ListContainers())
         return infos
 
     def wait_ready(
@@ -103,11 +93,13 @@ class PoolServiceProxy(managers.BaseProxy):
             if (remaining is not None and remaining <= 0) or not status.running:
                 raise PoolTimeout(_not_ready(status, wanted, timeout))
             step = wanted if progress is None else status.size + 1
-            status = self._ask(messages.AwaitWarm(step, remaining), remaining)
+            status = self._caller.ask(
+                messages.AwaitWarm(step, remaining), None if remaining is None else remaining + GRACE
+            )
 
     def get(
         self,
-        id: LeaseId,
+        id: LeaseId,  # noqa: A002  # the public contract's name
         timeout: float | None,
         *,
         profile: str = "default",
@@ -137,7 +129,7 @@ class PoolServiceProxy(managers.BaseProxy):
     @contextlib.contextmanager
     def lease(
         self,
-        id: LeaseId,
+        id: LeaseId,  # noqa: A002  # the public contract's name
         timeout: float | None = 30,
         *,
         profile: str = "default",
@@ -163,7 +155,7 @@ class PoolServiceProxy(managers.BaseProxy):
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}")
-        return Container(self, self._ask(messages.Inspect(name)), owned=False)
+        return Container(self._caller, self._caller.ask(messages.Inspect(name)), owned=False)
 
     def resize(self, n: int) -> None:
         """Change the number of warm containers; administrators only.
@@ -174,15 +166,15 @@ class PoolServiceProxy(managers.BaseProxy):
         """
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"n must be an int, not {n!r}")
-        self._ask(messages.Resize(n))
+        self._caller.ask(messages.Resize(n))
 
     def drain(self) -> None:
         """Discard warm containers and hand out nothing until `resume`; returns at once; administrators only."""
-        self._ask(messages.Drain())
+        self._caller.ask(messages.Drain())
 
     def resume(self) -> None:
         """Hand out containers again; administrators only."""
-        self._ask(messages.Resume())
+        self._caller.ask(messages.Resume())
 
     def shutdown(self, grace: float = 10.0, *, keep_leases: bool = False) -> None:
         """End the service; return once it has really stopped. Administrators only.
@@ -198,24 +190,23 @@ class PoolServiceProxy(managers.BaseProxy):
         check_timeout("grace", grace)
         # Removing everything may take a while beyond the grace; it has a deadline of its own in the service.
         deadline = time.monotonic() + grace + 120
-        connection = self._borrow(deadline, again=False)
+        connection = self._caller.borrow(deadline, again=False)
+        server = connection.hold_server()
         try:
             connection.call(messages.Shutdown(grace, keep_leases), deadline)
-            connection.await_end(deadline)
-        except _LOST as error:
+            if server is not None:
+                _await_exit(server, deadline)
+        except LOST as error:
             raise ServiceUnavailable(f"the service went away before it said that all is closed: {error}") from error
         finally:
             connection.close()
+            if server is not None:
+                os.close(server)
         self.close()
 
     def close(self) -> None:
         """Close the connections; leases live on with their owner. Later calls make new ones."""
-        while True:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                return
-            connection.close()
+        self._caller.close()
 
     def __enter__(self) -> Self:
         return self
@@ -241,60 +232,18 @@ class PoolServiceProxy(managers.BaseProxy):
             raise AttributeError(f"the pool has no method {methodname!r}")
         return getattr(self, methodname)(*args, **(kwds or {}))
 
-    def _ask(self, call: messages.Call, timeout: float | None = CALL_TIMEOUT, descriptors: Sequence[int] = ()) -> Any:
-        """Make a call; on a lost connection, make it again on a new one.
-
-        Twice is as good as once for every call but a command's start, which is told by its descriptors. A command whose
-        start is in doubt is left to its control socket: it says that the command runs, or is closed.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout + (0 if timeout is CALL_TIMEOUT else GRACE)
-        again = False
-        while True:
-            connection = self._borrow(deadline, again=again)
-            try:
-                result = connection.call(call, deadline, descriptors)
-            except _LOST as error:
-                connection.close()
-                if descriptors and isinstance(error, AnswerLost):
-                    return None
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise ServiceUnavailable(
-                        f"the service in {self.host_dir} did not answer within {timeout:g} s"
-                    ) from error
-                again = True
-            except (LxcPoolError, TypeError, ValueError):
-                self._idle.append(connection)
-                raise
-            except BaseException:
-                connection.close()  # an answer may still be on its way
-                raise
-            else:
-                self._idle.append(connection)
-                return result
-
-    def _borrow(self, deadline: float | None, *, again: bool) -> Connection:
-        while True:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                until = time.monotonic() + CALL_TIMEOUT if deadline is None else deadline
-                return Connection.open(self.host_dir, until, again=again)
-            if connection.usable:
-                return connection
-            connection.close()
-
     def _lease(
-        self, id: LeaseId, timeout: float | None, profile: str, owner: int | None, ttl: float | None
+        self, identity: LeaseId, timeout: float | None, profile: str, owner: int | None, ttl: float | None
     ) -> Container | str:
         """Return a container, or the words for why there is none."""
-        check_id(id)
+        check_id(identity)
         check_timeout("timeout", timeout)
         check_timeout("ttl", ttl)
         if not isinstance(profile, str):
             raise TypeError(f"profile must be a str, not {profile!r}")
         if owner is not None and (isinstance(owner, bool) or not isinstance(owner, int)):
             raise TypeError(f"owner must be a pid or None, not {owner!r}")
-        wish = messages.Get(uuid.uuid4().hex, id, timeout, profile, owner, ttl)
+        wish = messages.Get(uuid.uuid4().hex, identity, timeout, profile, owner, ttl)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             return self._get_and_confirm(wish, deadline)
@@ -303,7 +252,7 @@ class PoolServiceProxy(managers.BaseProxy):
         except BaseException:
             # Ctrl-C or a test's timeout: in whichever step it came, the container goes back.
             with contextlib.suppress(LxcPoolError):
-                self._ask(messages.Abandon(wish.request), 2.0)
+                self._caller.ask(messages.Abandon(wish.request), 2.0)
             raise
 
     def _get_and_confirm(self, wish: messages.Get, deadline: float | None) -> Container | str:
@@ -311,27 +260,29 @@ class PoolServiceProxy(managers.BaseProxy):
         while True:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             patience = None if remaining is None else time.monotonic() + remaining + GRACE
-            connection = self._borrow(patience, again=again)
+            connection = self._caller.borrow(patience, again=again)
             try:
                 offer = connection.call(
                     messages.Get(wish.request, wish.id, remaining, wish.profile, wish.owner, wish.ttl), patience
                 )
                 if isinstance(offer, str):
-                    self._idle.append(connection)
+                    self._caller.give_back(connection)
                     return offer
                 info = connection.call(messages.Confirm(wish.request), time.monotonic() + CALL_TIMEOUT)
-                container = None if info is None else Container(self, info, owned=wish.owner in (None, os.getpid()))
-                self._idle.append(connection)
+                container = (
+                    None if info is None else Container(self._caller, info, owned=wish.owner in (None, os.getpid()))
+                )
+                self._caller.give_back(connection)
                 if container is not None:
                     return container
                 # Too late: the service has taken it back. Queue again for the time that remains.
-            except _LOST as error:
+            except LOST as error:
                 connection.close()
                 if patience is not None and time.monotonic() >= patience:
                     raise ServiceUnavailable(f"the service in {self.host_dir} did not answer in time") from error
                 again = True
             except (LxcPoolError, TypeError, ValueError):
-                self._idle.append(connection)
+                self._caller.give_back(connection)
                 raise
             except BaseException:
                 connection.close()
@@ -351,6 +302,14 @@ def check_timeout(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
     if math.isnan(value) or value < 0:
         raise ValueError(f"{name} must be 0 or more seconds, not {value!r}")
+
+
+def _await_exit(pidfd: int, deadline: float) -> None:
+    """Wait until a process has ended."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise ServiceUnavailable("the service has closed everything but its process does not end")
 
 
 def _not_ready(status: PoolStatus, wanted: int, timeout: float | None) -> str:

@@ -6,13 +6,10 @@ import dataclasses
 import grp
 import os
 import socket
-import struct
 
 from lxc_pool.errors import AccessDenied
 from lxc_pool.host.processes import ProcessIdentity, identify
-
-_UCRED = struct.Struct("3i")
-"""pid, uid, gid. Source: unix(7), SO_PEERCRED."""
+from lxc_pool.wire.channel import credentials
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,15 +30,6 @@ class Peer:
         """The uid whose leases the peer may touch; None: anybody's."""
         return None if self.is_admin else self.uid
 
-    def require_admin(self, what: str) -> None:
-        """Refuse unless the peer is an administrator.
-
-        Raises:
-            AccessDenied: It is not.
-        """
-        if not self.is_admin:
-            raise AccessDenied(f"only an administrator (root) may {what}; you are uid {self.uid}")
-
 
 def peer_of(sock: socket.socket) -> Peer:
     """Return who opened the connection *sock*.
@@ -49,7 +37,7 @@ def peer_of(sock: socket.socket) -> Peer:
     Raises:
         AccessDenied: The kernel does not say: the peer is in a pid namespace of its own, or has ended.
     """
-    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    pid, uid, gid = credentials(sock)
     if pid == 0:
         raise AccessDenied(
             "your process has no pid here: connect from the pid namespace of the service or a child of it"

@@ -1,4 +1,4 @@
-"""How long creation is held back after failures: doubling, with jitter, up to seconds, and over at the first success."""
+"""How long creation is held back after failures: doubling, with jitter, up to seconds, over at the first success."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ class Backoff:
         return max(0.0, self._until - now)
 
     def fail(self, now: float) -> float:
-        """Count a failure; return the time at which the next try is due."""
+        """Count a failure; return the time at which the next try is due.
+
+        Several that were under way when the first of them failed count as one.
+        """
+        if self.remaining(now):
+            return self._until
         pause = min(_LONGEST, _FIRST * 2**self._failures) * self._rng.uniform(0.5, 1.0)
         self._failures = min(self._failures + 1, 16)
         self._until = now + pause

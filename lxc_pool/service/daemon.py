@@ -27,7 +27,7 @@ from lxc_pool.model import State
 from lxc_pool.service import directories
 from lxc_pool.service.access import service_group
 from lxc_pool.service.dispatcher import Dispatcher
-from lxc_pool.service.lanes import ProcessLane
+from lxc_pool.service.lanes import ProcessLane, stop_fork_server
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.server import PoolServer, listen
 from lxc_pool.service.service import PoolService
@@ -80,11 +80,12 @@ def serve(
         watchdog = Watchdog()
         watchdog.open()
         stack.callback(watchdog.close)
+        stack.callback(stop_fork_server)
         lanes = [ProcessLane(backend) for _ in range(config.workers)]
         for lane in lanes:
             lane.open()
             stack.callback(lane.close)
-        dispatcher = Dispatcher(lambda: pool.dispatch())
+        dispatcher = Dispatcher(lambda: pool.dispatch())  # noqa: PLW0108  # the pool comes two lines on
         pool = Pool(config, lanes, watchdog, new_name=_names(instance).__next__, wake=dispatcher.wake)
         stack.callback(pool.let_go)
         dispatcher.open()
@@ -95,14 +96,14 @@ def serve(
         server = listen(host_dir, key)
         stack.callback(server.close)
         ending = Ending()
-        service = PoolService(config, pool, launcher, socket_path=server.address, stop=_stopper(ending, server))
+        service = PoolService(config, pool, launcher, socket_path=server.path, stop=_stopper(ending, server))
         server.attach(service, pool, config.confirm_timeout)
         with _signals(ending, server):
             server.socket_listener.open_to(group)
             server.open()
             pool.adopt_residue(backend.names())
             dispatcher.wake()
-            ready(server.address)
+            ready(server.path)
             server.serve_forever()
             service.stopping = True
             _end(pool, ending, server)
@@ -113,7 +114,7 @@ def serve(
 
 
 def _end(pool: Pool, ending: Ending, server: PoolServer) -> None:
-    """Empty the pool on a thread of its own, while this one, which gets the signals, waits for that or for a second one."""
+    """Empty the pool on another thread, while this one, which gets the signals, waits for that or a second signal."""
     thread = threading.Thread(target=_empty, args=(pool, ending, server), name="ending", daemon=True)
     thread.start()
     while not ending.emptied:

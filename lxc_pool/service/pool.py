@@ -1,9 +1,9 @@
-"""The pool: the sole writer of every container's state, and the maker of every decision about them.
+"""The pool: who gets which container, for how long, and when a container's time has come.
 
 ```
- sessions ── request, confirm, release ──┐
- watchdog ── a process died, time is up ─┼─► Pool (one lock) ── wake ─► dispatcher ── dispatch ─► lanes
- lanes ───── a job has ended ────────────┘
+ sessions ── request, confirm, release ──┐                      ┌─► Stock: all containers, one lock
+ watchdog ── a process died, time is up ─┼─► Pool ◄──► Upkeep ──┤
+ lanes ───── a job has ended ────────────┘                      └─► lanes: create, remove   (by way of the dispatcher)
 ```
 
 The lock guards decisions only: no engine is called, no process is started or waited for while it is held.
@@ -15,43 +15,25 @@ import dataclasses
 import functools
 import logging
 import random
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.config import Config, check_size
-from lxc_pool.errors import LeaseExpired, LxcPoolError, PoolClosed, PoolDraining, UnknownLease
+from lxc_pool.errors import LeaseExpired, PoolClosed, PoolDraining, UnknownLease
 from lxc_pool.host.processes import ProcessIdentity
-from lxc_pool.images.store import Image
-from lxc_pool.model import ContainerInfo, LeaseId, ProfileStatus, State
-from lxc_pool.service.lanes import CreateJob, DestroyJob, Job, Lane, LaneBroken, Outcome, PrepareJob
+from lxc_pool.model import ContainerInfo, ProfileStatus, State
+from lxc_pool.service.lanes import Lane
 from lxc_pool.service.lifecycle import Lease, Member, Reason
 from lxc_pool.service.shelf import Shelf
+from lxc_pool.service.stock import Stock
+from lxc_pool.service.upkeep import Upkeep
 from lxc_pool.service.waiters import Ticket
-from lxc_pool.service.watchdog import Timer, Watch, Watched
+from lxc_pool.service.watchdog import Watch, Watched
 
 log = logging.getLogger(__name__)
 
-
-class BackendTimeout(LxcPoolError):
-    """A job took longer than it may."""
-
-
 _REMEMBERED = 1000
 """Ended leases that the pool can still say the reason of."""
-
-_DESTROY_PAUSES = (0.1, 0.5, 2.0, 10.0, 60.0)
-"""Seconds until a failed removal is tried again, by how often it has failed; the last one for ever after. Guesses."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Slot:
-    """A lane and what it does; guarded by the pool's lock."""
-
-    lane: Lane
-    job: Job | None = None
-    timer: Timer | None = None
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -81,10 +63,10 @@ class Census:
 class Pool:
     """Keeps containers warm and hands them out.
 
-    Shared by all threads of the service. `_lock` guards everything below it; `_changed` is its condition for the end.
+    Shared by all threads of the service; the stock's lock guards everything.
 
-    Invariants, whenever the lock is free: warm + reserved + building of a profile is at most its capacity, unless that was
-    just made smaller; a container has a lease exactly in RESERVED and LEASED; nobody waits while a container is warm.
+    Invariants, whenever the lock is free: warm + reserved + building of a profile is at most its capacity, unless that
+    was just made smaller; a container has a lease exactly in RESERVED and LEASED; nobody waits while one is warm.
     """
 
     def __init__(
@@ -107,26 +89,26 @@ class Pool:
             wake: Called, with the lock held, when `dispatch` should be called soon.
             rng: For the jitter of pauses.
         """
-        rng = rng or random.Random()
         self._config = config
         self._watch = watch
-        self._new_name = new_name
-        self._wake = wake
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._slots = [Slot(lane) for lane in lanes]
-        self._shelves = {profile.name: Shelf(profile, rng) for profile in config.profiles}
-        self._members: dict[str, Member] = {}
-        self._to_reap: OrderedDict[str, Member] = OrderedDict()
+        rng = rng or random.Random()  # noqa: S311  # for jitter
+        self._stock = Stock(config.profiles, rng, wake)
+        self._upkeep = Upkeep(
+            config,
+            self._stock,
+            lanes,
+            watch,
+            new_name=new_name,
+            came_up=self._put_on_shelf,
+            failed=functools.partial(self._reap, reason=Reason.START_FAILED),
+            init_died=self._init_died,
+        )
+        self._lock = self._stock.lock
         self._waiting: dict[tuple[int, str], Ticket] = {}
         self._requests: dict[tuple[int, str], Member] = {}
         self._owners: dict[ProcessIdentity, Watched] = {}
         self._ended: OrderedDict[str, tuple[int, str]] = OrderedDict()
         self._warm_waits: list[WarmWait] = []
-        self._draining = False
-        self._closed = False
-        self._error_count = 0
-        self._last_error: str | None = None
 
     # --- what callers ask ---------------------------------------------------------------------------------------------
 
@@ -145,20 +127,20 @@ class Pool:
                 member.session = ticket.session
                 ticket.offer = member
                 return
-            if self._closed:
+            if self._stock.closed:
                 raise PoolClosed("the service is ending: it hands out no more containers")
-            if self._draining:
+            if self._stock.draining:
                 raise PoolDraining("the pool is drained; an administrator can `lxc-pool resume` it")
             if (earlier := self._waiting.get((ticket.uid, ticket.request))) is not None:
                 # The client has lost the connection that it waited on, before we noticed.
                 self._leave_queue(earlier)
                 self._answer(earlier, PoolClosed("the same request came again, on a newer connection"))
-            shelf = self._shelves[ticket.profile]
+            shelf = self._stock.shelves[ticket.profile]
             shelf.waiters.push(ticket)
             self._waiting[ticket.uid, ticket.request] = ticket
             self._serve(shelf)
             if not ticket.answered:
-                self._wake()
+                self._stock.wake()
 
     def withdraw(self, ticket: Ticket) -> str:
         """Take a ticket that has no offer out of the queue; return why nothing came for it, in words.
@@ -166,7 +148,7 @@ class Pool:
         A ticket that was answered meanwhile is left as it is; the words are of no use then.
         """
         with self._lock:
-            shelf = self._shelves[ticket.profile]
+            shelf = self._stock.shelves[ticket.profile]
             place, queue = shelf.waiters.position(ticket), len(shelf.waiters)
             self._leave_queue(ticket)
             counts = shelf.counts
@@ -176,7 +158,7 @@ class Pool:
                 f"no container of profile {ticket.profile!r} came free ({words}; capacity {shelf.capacity}; "
                 f"place {place} of {queue} in the queue"
                 + (f"; creation is held back for {backoff:.1f} s" if backoff else "")
-                + (f"; last error: {self._last_error}" if self._last_error else "")
+                + (f"; last error: {self._stock.last_error}" if self._stock.last_error else "")
                 + ")"
             )
 
@@ -190,11 +172,11 @@ class Pool:
                 if member.lease.owner not in self._owners:
                     self._take_back(member)  # the owner died since it asked
                     return None
-                self._move(member, State.LEASED)
+                self._stock.move(member, State.LEASED)
                 member.session = None
                 if member.lease.ttl is not None:
                     self._arm_expiry(member.name, member.lease, member.lease.ttl)
-                self._wake()
+                self._stock.wake()
             return member.info(self._watch.now(), private=True)
 
     def take_back(self, uid: int, request: str, session: object) -> None:
@@ -259,7 +241,7 @@ class Pool:
             return self._leased(name, uid)[0].info(self._watch.now(), private=True)
 
     def with_init(self, name: str, uid: int | None, use: Callable[[Watched], int]) -> int:
-        """Return what *use* makes of a leased container's init: called with the lock held, so that it is still that one.
+        """Return what *use* makes of a leased container's init: called with the lock held, so it is still that one.
 
         Raises:
             UnknownLease, LeaseExpired: See `leased`.
@@ -276,7 +258,7 @@ class Pool:
             now = self._watch.now()
             return tuple(
                 member.info(now, private=uid is None or (member.lease is not None and member.lease.uid == uid))
-                for member in self._members.values()
+                for member in self._stock.members.values()
             )
 
     def census(self) -> Census:
@@ -284,11 +266,11 @@ class Pool:
         with self._lock:
             now = self._watch.now()
             return Census(
-                {name: shelf.status() for name, shelf in self._shelves.items()},
-                self._draining,
-                self._error_count,
-                self._last_error,
-                max(shelf.backoff.remaining(now) for shelf in self._shelves.values()),
+                {name: shelf.status() for name, shelf in self._stock.shelves.items()},
+                self._stock.draining,
+                self._stock.error_count,
+                self._stock.last_error,
+                max(shelf.backoff.remaining(now) for shelf in self._stock.shelves.values()),
             )
 
     def await_warm(self, wait: WarmWait) -> None:
@@ -313,47 +295,47 @@ class Pool:
         """
         check_size(size)
         with self._lock:
-            shelf = next(iter(self._shelves.values()))
+            shelf = self._stock.default_shelf
             shelf.capacity = size
             while shelf.warm and shelf.stock > size:
                 self._reap(shelf.warm[-1], Reason.SURPLUS)
             self._check_warm_waits()
-            self._wake()
+            self._stock.wake()
 
     def drain(self) -> None:
         """Discard warm containers, send waiters away, hand out nothing until `resume`."""
         with self._lock:
-            self._draining = True
+            self._stock.draining = True
             self._turn_away(PoolDraining("the pool has been drained by an administrator"))
-            for shelf in self._shelves.values():
+            for shelf in self._stock.shelves.values():
                 while shelf.warm:
                     self._reap(shelf.warm[-1], Reason.DRAINED)
 
     def resume(self) -> None:
         """Hand out containers again."""
         with self._lock:
-            self._draining = False
-            self._wake()
+            self._stock.draining = False
+            self._stock.wake()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def close_to_new(self) -> None:
         """Send all waiters away and discard what is warm; leases go on."""
         with self._lock:
-            self._closed = True
+            self._stock.closed = True
             self._turn_away(PoolClosed("the service is ending"))
-            for shelf in self._shelves.values():
+            for shelf in self._stock.shelves.values():
                 while shelf.warm:
                     self._reap(shelf.warm[-1], Reason.CLOSED)
-            for member in list(self._members.values()):
+            for member in list(self._stock.members.values()):
                 if member.state is State.STUCK:
-                    self._move(member, State.REAPING)
-            self._wake()
+                    self._stock.move(member, State.REAPING)
+            self._stock.wake()
 
     def end_leases(self) -> None:
         """Reap every container that is still leased or reserved."""
         with self._lock:
-            for member in list(self._members.values()):
+            for member in list(self._stock.members.values()):
                 if member.state in (State.LEASED, State.RESERVED):
                     self._reap(member, Reason.CLOSED)
 
@@ -364,21 +346,24 @@ class Pool:
         """
 
         def none_left() -> bool:
-            return not any(shelf.counts[state] for shelf in self._shelves.values() for state in states)
+            return not any(shelf.counts[state] for shelf in self._stock.shelves.values() for state in states)
 
-        with self._changed:
-            self._changed.wait_for(lambda: none_left() or unless(), timeout)
+        with self._stock.changed:
+            self._stock.changed.wait_for(lambda: none_left() or unless(), timeout)
             return none_left()
 
     def interrupt(self) -> None:
         """Let `wait_until` look again."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._stock.changed:
+            self._stock.changed.notify_all()
 
     def let_go(self) -> None:
         """Stop watching everything; for the very end."""
         with self._lock:
-            for watched in [*self._owners.values(), *(member.init for member in self._members.values() if member.init)]:
+            for watched in [
+                *self._owners.values(),
+                *(member.init for member in self._stock.members.values() if member.init),
+            ]:
                 self._watch.forget(watched)
             self._owners.clear()
 
@@ -386,162 +371,16 @@ class Pool:
 
     def dispatch(self) -> None:
         """Give every idle lane what is to be done next."""
-        while (pick := self._choose()) is not None:
-            slot, job = pick
-            timeout = self._config.image_timeout if isinstance(job, PrepareJob) else self._config.create_timeout
-            timer = self._watch.call_at(self._watch.now() + timeout, functools.partial(self._overdue, slot, job))
-            with self._lock:
-                if slot.job is job:
-                    slot.timer = timer
-            slot.lane.start(job, functools.partial(self._done, slot, job))
+        self._upkeep.dispatch()
 
     def adopt_residue(self, names: Sequence[str]) -> None:
         """Take over containers that an earlier service left, to remove them."""
         with self._lock:
-            shelf = next(iter(self._shelves.values()))
             for name in names:
-                member = Member(name, shelf.profile.name, self._watch.now())
-                member.retries = 1  # nothing is known of it: remove it by force
-                self._members[name] = member
-                shelf.counts[State.BUILDING] += 1
+                # Nothing is known of it: a retry removes it by force.
+                member = Member(name, self._stock.default_shelf.profile.name, self._watch.now(), retries=1)
+                self._stock.add(member)
                 self._reap(member, Reason.ORPHAN)
-
-    def _choose(self) -> tuple[Slot, Job] | None:
-        """Take one idle lane and the job for it; None if there is no such pair."""
-        with self._lock:
-            slot = next((slot for slot in self._slots if slot.job is None), None)
-            if slot is None:
-                return None
-            slot.job = self._next_job()
-            return None if slot.job is None else (slot, slot.job)
-
-    def _next_job(self) -> Job | None:
-        """Choose: somebody waits → create; else remove what is to be removed; else create. With the lock held."""
-        now = self._watch.now()
-        creating = not (self._closed or self._draining)
-        wanting = []
-        if creating:
-            for shelf in self._shelves.values():
-                if shelf.wants_image(now):
-                    shelf.preparing = True
-                    return PrepareJob(shelf.profile.image)
-            wanting = [shelf for shelf in self._shelves.values() if shelf.wants_container(now)]
-        urgent = next((shelf for shelf in wanting if shelf.waiters), None)
-        if urgent is None and self._to_reap:
-            name, member = self._to_reap.popitem(last=False)
-            return DestroyJob(name, force=member.retries > 0)
-        shelf = urgent or next(iter(wanting), None)
-        if shelf is None or shelf.image is None:
-            return None
-        member = Member(self._new_name(), shelf.profile.name, now)
-        self._members[member.name] = member
-        shelf.counts[State.BUILDING] += 1
-        return CreateJob(Blueprint(member.name, shelf.profile, shelf.image, now + self._config.create_timeout))
-
-    def _done(self, slot: Slot, job: Job, outcome: Outcome) -> None:
-        """Take in what a job came to; runs on the lane's thread."""
-        if isinstance(outcome, LaneBroken):
-            with self._lock:
-                if slot.job is not job:
-                    return
-            slot.lane.replace()
-        init: Watched | None = None
-        if isinstance(job, CreateJob) and isinstance(outcome, ProcessIdentity):
-            name = job.blueprint.name
-            try:
-                init = self._watch.watch(outcome, functools.partial(self._init_died, name))
-            except ProcessLookupError:
-                outcome = LxcPoolError(f"{name} came up and went down at once")
-        with self._lock:
-            if slot.job is not job:  # its time was up meanwhile, and that has been dealt with
-                if init is not None:
-                    self._watch.forget(init)
-                return
-            slot.job = None
-            if slot.timer is not None:
-                slot.timer.cancel()
-                slot.timer = None
-            self._settle(job, outcome, init)
-            self._changed.notify_all()
-            self._wake()
-
-    def _overdue(self, slot: Slot, job: Job) -> None:
-        """Give up on a job whose time is up; runs on the watchdog's thread."""
-        with self._lock:
-            if slot.job is not job:
-                return
-        log.warning("a lane hangs in %s; it is killed and replaced", job)
-        slot.lane.replace()
-        self._done(slot, job, BackendTimeout(f"{_describe(job)} took longer than allowed and was killed"))
-
-    def _settle(self, job: Job, outcome: Outcome, init: Watched | None) -> None:
-        """Move what the job was about to where it belongs now. With the lock held."""
-        if isinstance(outcome, LxcPoolError):
-            self._error_count += 1
-            self._last_error = str(outcome)
-            log.warning("%s failed: %s", _describe(job), outcome)
-        match job:
-            case PrepareJob(name):
-                for shelf in self._shelves.values():
-                    if shelf.preparing and shelf.profile.image == name:
-                        shelf.preparing = False
-                        if isinstance(outcome, Image):
-                            shelf.image = outcome
-                            log.info("image %s is ready", outcome.ref)
-                            shelf.backoff.succeed()
-                        else:
-                            self._back_off(shelf)
-            case CreateJob(blueprint):
-                self._settle_created(self._members[blueprint.name], outcome, init)
-            case DestroyJob(name):
-                self._settle_destroyed(self._members[name], outcome)
-
-    def _settle_created(self, member: Member, outcome: Outcome, init: Watched | None) -> None:
-        shelf = self._shelves[member.profile]
-        if init is None:
-            self._back_off(shelf)
-            if isinstance(outcome, (LaneBroken, BackendTimeout)):
-                member.retries = 1  # the engine may hang over it again: remove it by force
-            self._reap(member, Reason.START_FAILED)
-            return
-        shelf.backoff.succeed()
-        member.init = init
-        member.since = self._watch.now()
-        if self._closed or self._draining:
-            self._reap(member, Reason.CLOSED if self._closed else Reason.DRAINED)
-        elif shelf.stock > shelf.capacity:
-            self._reap(member, Reason.SURPLUS)
-        else:
-            self._move(member, State.WARM)
-            shelf.warm.append(member)
-            if not shelf.filled:
-                size = shelf.counts[State.WARM]
-                log.info("%d of %d containers of profile %r are warm", size, shelf.capacity, member.profile)
-                shelf.filled = size >= shelf.capacity
-            self._serve(shelf)
-            self._check_warm_waits()
-
-    def _settle_destroyed(self, member: Member, outcome: Outcome) -> None:
-        shelf = self._shelves[member.profile]
-        if isinstance(outcome, LxcPoolError):
-            pause = _DESTROY_PAUSES[min(member.retries, len(_DESTROY_PAUSES) - 1)]
-            member.retries += 1
-            self._move(member, State.STUCK)
-            member.reason = str(outcome)
-            self._watch.call_at(self._watch.now() + pause, functools.partial(self._retry, member))
-            return
-        shelf.counts[State.REAPING] -= 1
-        del self._members[member.name]
-
-    def _retry(self, member: Member) -> None:
-        with self._lock:
-            if member.state is State.STUCK:
-                self._move(member, State.REAPING)
-                self._wake()
-
-    def _back_off(self, shelf: Shelf) -> None:
-        until = shelf.backoff.fail(self._watch.now())
-        self._watch.call_at(until, self._wake)
 
     # --- deaths and times ---------------------------------------------------------------------------------------------
 
@@ -569,32 +408,23 @@ class Pool:
 
     def _init_died(self, name: str) -> None:
         with self._lock:
-            member = self._members.get(name)
+            member = self._stock.members.get(name)
             if member is not None and member.state in (State.WARM, State.RESERVED, State.LEASED):
                 self._reap(member, Reason.UNHEALTHY)
 
     def _expired(self, name: str, lease: Lease) -> None:
         with self._lock:
-            member = self._members.get(name)
+            member = self._stock.members.get(name)
             if member is not None and member.state is State.LEASED and member.lease is lease:
                 self._reap(member, Reason.EXPIRED)
 
     # --- with the lock held -------------------------------------------------------------------------------------------
 
-    def _move(self, member: Member, state: State) -> None:
-        counts = self._shelves[member.profile].counts
-        counts[member.state] -= 1
-        member.move(state)
-        counts[state] += 1
-        if state is State.REAPING:
-            self._to_reap[member.name] = member
-        self._changed.notify_all()
-
     def _serve(self, shelf: Shelf) -> None:
         """Offer warm containers to those who wait."""
         while shelf.warm and shelf.waiters:
             ticket, member = shelf.waiters.pop(), shelf.warm.popleft()
-            self._move(member, State.RESERVED)
+            self._stock.move(member, State.RESERVED)
             member.session = ticket.session
             member.lease = Lease(ticket.request, ticket.id, ticket.uid, ticket.owner, ticket.ttl)
             self._requests[ticket.uid, ticket.request] = member
@@ -605,22 +435,35 @@ class Pool:
         """Put a reserved container back: nobody has used it."""
         self._end_lease(member)
         member.session = None
-        self._move(member, State.WARM)
-        shelf = self._shelves[member.profile]
-        shelf.warm.appendleft(member)
-        if self._closed or self._draining:
-            self._reap(member, Reason.CLOSED if self._closed else Reason.DRAINED)
-        elif shelf.stock > shelf.capacity:
+        self._put_on_shelf(member)
+
+    def _put_on_shelf(self, member: Member) -> None:
+        """Let a container be warm, and be handed out if somebody waits; or be reaped if there is no use for it."""
+        shelf = self._stock.shelf_of(member)
+        if self._stock.closed or self._stock.draining:
+            self._reap(member, Reason.CLOSED if self._stock.closed else Reason.DRAINED)
+            return
+        if shelf.stock > shelf.capacity:
             self._reap(member, Reason.SURPLUS)
+            return
+        came_back = member.state is State.RESERVED
+        self._stock.move(member, State.WARM)
+        if came_back:
+            shelf.warm.appendleft(member)  # it is the oldest
         else:
-            self._serve(shelf)
-            self._check_warm_waits()
+            shelf.warm.append(member)
+        if not shelf.filled:
+            size = shelf.counts[State.WARM]
+            log.info("%d of %d containers of profile %r are warm", size, shelf.capacity, member.profile)
+            shelf.filled = size >= shelf.capacity
+        self._serve(shelf)
+        self._check_warm_waits()
 
     def _reap(self, member: Member, reason: Reason) -> None:
         """Let a container be removed, from whatever state it is in."""
         if member.state is State.REAPING or member.state is State.STUCK:
             return
-        shelf = self._shelves[member.profile]
+        shelf = self._stock.shelf_of(member)
         if member.state is State.WARM:
             shelf.warm.remove(member)
         if member.state is State.LEASED and member.lease is not None:
@@ -633,8 +476,7 @@ class Pool:
             self._watch.forget(member.init)
             member.init = None
         member.reason = reason
-        self._move(member, State.REAPING)
-        self._wake()
+        self._stock.move(member, State.REAPING)
 
     def _end_lease(self, member: Member) -> None:
         if member.lease is not None:
@@ -644,7 +486,7 @@ class Pool:
             member.lease = None
 
     def _leased(self, name: str, uid: int | None) -> tuple[Member, Lease]:
-        member = self._members.get(name)
+        member = self._stock.members.get(name)
         if member is not None and member.state is State.LEASED and member.lease is not None:
             if uid is None or uid == member.lease.uid:
                 return member, member.lease
@@ -656,7 +498,7 @@ class Pool:
         lease.expiry = self._watch.call_at(self._watch.now() + ttl, functools.partial(self._expired, name, lease))
 
     def _turn_away(self, error: Exception) -> None:
-        for shelf in self._shelves.values():
+        for shelf in self._stock.shelves.values():
             while shelf.waiters:
                 self._answer(shelf.waiters.pop(), error)
 
@@ -667,25 +509,15 @@ class Pool:
         ticket.notify()
 
     def _leave_queue(self, ticket: Ticket) -> None:
-        self._shelves[ticket.profile].waiters.remove(ticket)
+        self._stock.shelves[ticket.profile].waiters.remove(ticket)
         if self._waiting.get((ticket.uid, ticket.request)) is ticket:
             del self._waiting[ticket.uid, ticket.request]
 
     def _check_warm_waits(self) -> None:
-        warm = sum(shelf.counts[State.WARM] for shelf in self._shelves.values())
-        capacity = sum(shelf.capacity for shelf in self._shelves.values())
+        warm = sum(shelf.counts[State.WARM] for shelf in self._stock.shelves.values())
+        capacity = sum(shelf.capacity for shelf in self._stock.shelves.values())
         for wait in list(self._warm_waits):
             if warm >= (capacity if wait.count is None else wait.count):
                 self._warm_waits.remove(wait)
                 wait.reached = True
                 wait.notify()
-
-
-def _describe(job: Job) -> str:
-    match job:
-        case PrepareJob(image):
-            return f"preparing image {image!r}"
-        case CreateJob(blueprint):
-            return f"creating {blueprint.name}"
-        case DestroyJob(name):
-            return f"removing {name}"

@@ -1,7 +1,7 @@
 """The manager's server: it listens in the host dir and gives each connection a thread.
 
-`multiprocessing.managers` has the place for it (`Server`, `Listener`); what it does there, unpickling whatever comes and
-offering `create` and `debug_info` to everybody, is replaced as a whole.
+`multiprocessing.managers` has the place for it (`Server`, `Listener`); what it does there, unpickling whatever comes
+and offering `create` and `debug_info` to everybody, is replaced as a whole.
 
 ```
  main thread ─ serve_forever: waits for the end
@@ -80,10 +80,11 @@ managers.listener_client[SERIALIZER] = (SocketListener, connect_channel)  # type
 class PoolServer(managers.Server):
     """Serves one `PoolService`. `_lock` guards `_sessions`."""
 
-    public: list[str] = []  # type: ignore[misc]  # the stock calls: none of them is reachable
+    public = []  # noqa: RUF012  # as the stock one has it, but empty: the stock calls: none of them is reachable
 
     def __init__(self, registry: dict[str, Any], address: str, authkey: bytes, serializer: str) -> None:
         super().__init__(registry, address, authkey, serializer)
+        self._key = authkey
         self._lock = threading.Lock()
         self._sessions: dict[Session, threading.Thread] = {}
         self._service: PoolService | None = None
@@ -92,6 +93,11 @@ class PoolServer(managers.Server):
         self._closing = False
         self._accepter: threading.Thread | None = None
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
+
+    @property
+    def path(self) -> str:
+        """Where it listens."""
+        return self.socket_listener.address
 
     @property
     def socket_listener(self) -> SocketListener:
@@ -130,30 +136,34 @@ class PoolServer(managers.Server):
                 sock = self.socket_listener.accept()
             except OSError as error:
                 if not self._closing:
-                    log.error("can't accept a connection: %s", error)
+                    log.warning("can't accept a connection: %s", error)
                     time.sleep(0.1)  # out of descriptors, most likely: some will come free, but nothing says when
                 continue
             self.handle_request(sock)
 
-    def handle_request(self, conn: socket.socket) -> None:
+    def handle_request(self, conn: socket.socket) -> None:  # type: ignore[override]  # the stock listener's accept gives another type
         """Start a session on a new connection."""
         if self._service is None or self._pool is None:
             conn.close()
             return
-        session = Session(conn, self.authkey, self._service, self._pool, self._confirm_timeout)
+        session = Session(conn, self._key, self._service, self._pool, self._confirm_timeout)
         thread = threading.Thread(target=self._run, args=(session,), name="session", daemon=True)
         with self._lock:
             self._sessions[session] = thread
         try:
             thread.start()
         except RuntimeError as error:
-            log.error("can't start a thread for a connection: %s", error)
+            log.warning("can't start a thread for a connection: %s", error)
             with self._lock:
                 del self._sessions[session]
             conn.close()
 
     def close_sessions(self, timeout: float) -> None:
-        """Break off all connections and wait up to *timeout* seconds for their threads to end."""
+        """End all connections, but let those that asked for the end have their answer; wait for their threads.
+
+        Args:
+            timeout: Seconds that a thread has to end.
+        """
         with self._lock:
             threads = dict(self._sessions)
         for session in threads:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from lxc_pool.config import Config
-from lxc_pool.errors import InternalError, LeaseExpired
+from lxc_pool.errors import AccessDenied, LeaseExpired
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.protocol import ExecRequest, ProtocolError
 from lxc_pool.host import addresses
@@ -44,7 +44,7 @@ class Caller(Protocol):
 
 
 class PoolService:
-    """The object behind the proxy. Shared by all connections' threads; it has no state of its own but the counts below."""
+    """The object behind the proxy. Shared by all connections' threads; all state is the pool's."""
 
     def __init__(
         self, config: Config, pool: Pool, launcher: Launcher, *, socket_path: str, stop: Callable[[float, bool], None]
@@ -75,48 +75,59 @@ class PoolService:
             LxcPoolError, TypeError, ValueError: For the client.
             EOFError: The client is gone.
         """
-        scope = caller.peer.lease_scope
         match call:
-            case messages.Echo(text):
-                return text
             case messages.Get():
                 return self._get(caller, call)
             case messages.Confirm(request):
                 return self._pool.confirm(caller.peer.uid, request)
+            case messages.Abandon(request):
+                return self._pool.abandon(caller.peer.uid, request)
+            case messages.Echo(text):
+                return text
+            case messages.GetStatus():
+                return self.status()
+            case messages.ListContainers():
+                return self._pool.containers(caller.peer.lease_scope)
+            case messages.AwaitWarm(count, timeout):
+                return self._await_warm(caller, count, timeout)
+            case messages.Resize() | messages.Drain() | messages.Resume() | messages.Shutdown():
+                return self._administer(caller.peer, call)
+            case messages.Hello():
+                raise ValueError("hello comes first, and once")
+            case _:
+                return self._answer_holder(caller.peer.lease_scope, call, descriptors)
+
+    def _answer_holder(self, scope: int | None, call: messages.LeaseCall, descriptors: list[int]) -> Any:
+        """Do what the holder of a lease asks."""
+        match call:
+            case messages.Execute():
+                return self._execute(scope, call, descriptors)
             case messages.Release(name):
                 return self._pool.release(name, scope)
             case messages.Inspect(name):
                 return self._pool.leased(name, scope)
-            case messages.Execute():
-                return self._execute(scope, call, descriptors)
-            case messages.GetStatus():
-                return self.status()
-            case messages.ListContainers():
-                return self._pool.containers(scope)
-            case messages.AwaitWarm(count, timeout):
-                return self._await_warm(caller, count, timeout)
-            case messages.Abandon(request):
-                return self._pool.abandon(caller.peer.uid, request)
             case messages.Addresses(name):
                 return self._addresses(name, scope)
             case messages.Renew(name, ttl):
                 return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl))
             case messages.Keep(name, ttl):
                 return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl), drop_owner=True)
+
+    def _administer(self, peer: Peer, call: messages.AdminCall) -> None:
+        """Do what only an administrator may ask."""
+        if not peer.is_admin:
+            what = type(call).__name__.lower()
+            raise AccessDenied(f"only an administrator (root) may ask for {what}; you are uid {peer.uid}")
+        match call:
             case messages.Resize(size):
-                caller.peer.require_admin("resize the pool")
-                return self._pool.resize(size)
+                self._pool.resize(size)
             case messages.Drain():
-                caller.peer.require_admin("drain the pool")
-                return self._pool.drain()
+                self._pool.drain()
             case messages.Resume():
-                caller.peer.require_admin("resume the pool")
-                return self._pool.resume()
+                self._pool.resume()
             case messages.Shutdown(grace, keep_leases):
-                caller.peer.require_admin("shut the service down")
-                return self._shutdown(caller, grace, keep_leases)
-            case messages.Hello():
-                raise InternalError("hello comes first, and once")
+                self._stop(_check_seconds("grace", grace), keep_leases)
+                self.stopped.wait()
 
     def status(self) -> PoolStatus:
         """Return the counts of everything."""
@@ -210,12 +221,6 @@ class PoolService:
             )
         finally:
             os.close(pidfd)
-
-    def _shutdown(self, caller: Caller, grace: float, keep_leases: bool) -> None:
-        if keep_leases:
-            raise ValueError("this service can not keep leases over a restart yet")
-        self._stop(_check_seconds("grace", grace), keep_leases)
-        self.stopped.wait()
 
 
 def _init_pid(info: ContainerInfo) -> int:

@@ -31,11 +31,11 @@ HANDSHAKE_TIMEOUT = 5.0
 """Seconds that a client has to prove itself and say hello. A guess: it takes under a millisecond."""
 
 MESSAGE_TIMEOUT = 10.0
-"""Seconds that the rest of a message may take once its first byte is here, and that a client may take to read. A guess."""
+"""Seconds that the rest of a message may take once it has begun, and that a client may take to read. A guess."""
 
 
 class Session:
-    """One client's connection. `notify` and `end` may be called from any thread, all else is the session's own thread's."""
+    """One client's connection. `notify` and `end` may be called from any thread, all else is its own thread's."""
 
     def __init__(
         self, sock: socket.socket, key: bytes, service: PoolService, pool: Pool, confirm_timeout: float
@@ -49,6 +49,7 @@ class Session:
         self._peer: Peer | None = None
         self._wake = -1
         self._offer: str | None = None
+        self._last_call = False
 
     @property
     def peer(self) -> Peer:
@@ -81,8 +82,9 @@ class Session:
                 os.close(wake)
 
     def end(self) -> None:
-        """Break the connection off, so that its thread ends."""
-        self._channel.break_off()
+        """Break the connection off, so that its thread ends; not if it is about to end with a last answer."""
+        if not self._last_call:
+            self._channel.break_off()
 
     def notify(self) -> None:
         """See `Caller.notify`."""
@@ -143,6 +145,7 @@ class Session:
             self._take_back_offer()
             return True
         call = messages.decode_call(body)
+        self._last_call = isinstance(call, messages.Shutdown)
         descriptors = channel.take_descriptors()
         offer, self._offer = self._offer, None
         if offer is not None and not isinstance(call, (messages.Confirm, messages.Abandon)):
@@ -160,7 +163,7 @@ class Session:
             for descriptor in descriptors:
                 os.close(descriptor)
         self._send(reply)
-        return True
+        return not (self._last_call and self._service.stopped.is_set())
 
     def _send(self, reply: bytes) -> None:
         self._channel.deadline = time.monotonic() + MESSAGE_TIMEOUT

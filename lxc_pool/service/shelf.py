@@ -43,8 +43,8 @@ class Shelf:
     def wants_container(self, now: float) -> bool:
         """Whether a lane should create a container.
 
-        Those that are being reaped count too: otherwise a busy pool would create for ever and never get to removing. Stuck
-        ones do not, or a few of them would end the pool.
+        Those that are being reaped count too: otherwise a busy pool would create for ever and never get to removing.
+            Stuck ones do not, or a few of them would end the pool.
         """
         if self.image is None or self.backoff.remaining(now):
             return False

@@ -1,4 +1,4 @@
-"""The queue of those who wait for a container of one profile: first come, first served within a user; users take turns."""
+"""The queue of those who wait for one profile: first come, first served within a user; users take turns."""
 
 from __future__ import annotations
 

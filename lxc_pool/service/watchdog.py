@@ -77,8 +77,8 @@ class Watch(Protocol):
 class Watchdog:
     """The real `Watch`.
 
-    Shared by all threads of the service. `_lock` guards `_timers` and `_watched`. Callbacks run on the watchdog's thread,
-    without the lock, and must be brief.
+    Shared by all threads of the service. `_lock` guards `_timers` and `_watched`. Callbacks run on the watchdog's
+    thread, without the lock, and must be brief.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Frames over a Unix stream socket, with a cap on size, a deadline on each operation, and descriptors beside them.
 
-The framing is that of `multiprocessing.connection.Connection` (four bytes of length, big-endian, then the body), so that
-the standard library's handshake works over it. Source: CPython 3.11–3.13, Lib/multiprocessing/connection.py.
+The framing is that of `multiprocessing.connection.Connection` (four bytes of length, big-endian, then the body), so
+that the standard library's handshake works over it. Source: CPython 3.11–3.13, Lib/multiprocessing/connection.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ MAX_MESSAGE = 4 * 1024 * 1024
 MAX_DESCRIPTORS = 4
 """Descriptors beside one message: stdin, stdout, stderr and the control socket of a command."""
 
+_UCRED = struct.Struct("3i")
+"""pid, uid, gid. Source: unix(7), SO_PEERCRED."""
+
 _HEADER = struct.Struct("!i")
 _CHUNK = 16 * 1024
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
@@ -27,6 +30,15 @@ _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
 
 class ProtocolError(Exception):
     """The peer sent what no peer of ours sends; the connection is of no more use."""
+
+
+def credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Return pid, uid and gid of the process that opened the other end of *sock*, by the kernel's word.
+
+    The pid is 0 if that process is in a pid namespace that has no number here.
+    """
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
 
 
 class Channel:
@@ -47,6 +59,11 @@ class Channel:
     def fileno(self) -> int:
         """Return the socket's descriptor."""
         return self._socket.fileno()
+
+    @property
+    def peer(self) -> tuple[int, int, int]:
+        """Pid, uid and gid of the other end; see `credentials`."""
+        return credentials(self._socket)
 
     @property
     def closed(self) -> bool:

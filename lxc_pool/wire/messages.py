@@ -1,12 +1,11 @@
 """The declared messages: one class for each call, the type of its result, and the two shapes of a reply.
 
-A message is msgpack of exactly these types. Whatever does not decode as one of them ends the connection; nothing that the
-peer sends ever names a class, an attribute or a method of ours. Durations are seconds, None meaning "for ever".
+A message is msgpack of exactly these types. Whatever does not decode as one of them ends the connection; nothing that
+the peer sends ever names a class, an attribute or a method of ours. Durations are seconds, None meaning "for ever".
 """
 
 from __future__ import annotations
 
-import builtins
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -131,8 +130,8 @@ class Keep(Call, frozen=True, tag="keep"):
 class Execute(Call, frozen=True, tag="execute"):
     """Start a command in the leased container *name*.
 
-    Beside it come four descriptors: stdin, stdout, stderr, and the control socket on which the command's supervisor talks
-    with the client.
+    Beside it come four descriptors: stdin, stdout, stderr, and the control socket on which the command's supervisor
+    talks with the client.
     """
 
     name: str
@@ -161,26 +160,13 @@ class Shutdown(Call, frozen=True, tag="shutdown"):
     keep_leases: bool
 
 
-AnyCall = (
-    Hello
-    | Echo
-    | GetStatus
-    | ListContainers
-    | AwaitWarm
-    | Get
-    | Confirm
-    | Abandon
-    | Release
-    | Inspect
-    | Addresses
-    | Renew
-    | Keep
-    | Execute
-    | Resize
-    | Drain
-    | Resume
-    | Shutdown
-)
+LeaseCall = Release | Inspect | Addresses | Renew | Keep | Execute
+"""What the holder of a lease asks."""
+
+AdminCall = Resize | Drain | Resume | Shutdown
+"""What only an administrator may ask."""
+
+AnyCall = Hello | Echo | GetStatus | ListContainers | AwaitWarm | Get | Confirm | Abandon | LeaseCall | AdminCall
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True, tag="result"):
@@ -197,12 +183,13 @@ class Failure(msgspec.Struct, array_like=True, frozen=True, tag="failure"):
 
 
 _ERRORS: Final[dict[str, type[Exception]]] = {
-    name: value
-    for name, value in [
-        *vars(errors).items(),
-        *((name, getattr(builtins, name)) for name in ("TypeError", "ValueError")),
-    ]
-    if isinstance(value, type) and issubclass(value, Exception)
+    "TypeError": TypeError,
+    "ValueError": ValueError,
+    **{
+        name: value
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.LxcPoolError)
+    },
 }
 
 _encoder = msgspec.msgpack.Encoder()

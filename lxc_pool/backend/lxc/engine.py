@@ -4,8 +4,8 @@
  worker ── lxc-start (a short-lived child) ── monitor, child of nobody ── init of the container
 ```
 
-The start goes through the `lxc-start` program because a daemonized start leaves its caller in the monitor's cgroup, and a
-monitor that is a copy of a Python process is four times as large (both measured).
+The start goes through the `lxc-start` program because a daemonized start leaves its caller in the monitor's cgroup, and
+a monitor that is a copy of a Python process is four times as large (both measured).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lxc_pool.images.store import Image, ImageStore
 log = logging.getLogger(__name__)
 
 _EXEC_PAUSE = 0.0005
-"""Seconds between two looks whether init has been executed. There is no event for that; it nearly always has (measured)."""
+"""Seconds between two looks whether init has been executed. There is no event for it; it nearly always has (measured)."""
 
 _PROBE_PAUSE = 0.05
-"""Seconds between two tries of a profile's probe. A guess: short beside the second or so that services take to come up."""
+"""Seconds between two tries of a profile's probe. A guess: short beside the second that services take to come up."""
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -104,7 +104,8 @@ class LxcBackend:
     def _start(self, blueprint: Blueprint, directory: Path) -> None:
         argv = ["lxc-start", "-P", str(self.lxcpath), "-n", blueprint.name, "-d"]
         actions = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
-        # init inherits the starter's signal mask and what it ignores; Python ignores SIGPIPE and a worker ignores SIGINT.
+        # init inherits the starter's signal mask and what it ignores; Python ignores SIGPIPE and a worker ignores
+        # SIGINT.
         pid = os.posix_spawnp(
             argv[0],
             argv,
@@ -118,7 +119,7 @@ class LxcBackend:
             raise StartFailed(f"{blueprint.name} did not start: {words(directory, f'lxc-start ended with {status}')}")
 
     def _await_init(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
-        """Return the container's init once it runs its own program: the cheapest sign that the container really runs."""
+        """Return the container's init once it runs its own program: the cheapest sign that it really runs."""
         try:
             pid = lxc.Container(blueprint.name, str(self.lxcpath)).init_pid
             init = identify(pid)

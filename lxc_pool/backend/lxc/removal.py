@@ -43,7 +43,8 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
 def _kill_starters(name: str, lxcpath: Path) -> None:
     """Kill what may still bring the container up: one start in six survives its starter's death (measured).
 
-    `lxc-start -P PATH -n NAME` is in no cgroup of the container's yet; its monitor calls itself `[lxc monitor] PATH NAME`.
+    `lxc-start -P PATH -n NAME` is in no cgroup of the container's yet; its monitor calls itself `[lxc monitor] PATH
+    NAME`.
     """
     for process in psutil.process_iter(["cmdline"]):
         words = " ".join(process.info["cmdline"] or ()).split()

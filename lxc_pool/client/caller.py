@@ -1,0 +1,97 @@
+"""Make calls: each on a connection of its own, again on a new one if that is lost."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from lxc_pool.client.connection import AnswerLost, Connection
+from lxc_pool.errors import LxcPoolError, ServiceUnavailable
+from lxc_pool.wire import messages
+from lxc_pool.wire.channel import ProtocolError
+
+CALL_TIMEOUT: Final = 30.0
+"""Seconds that a call may take which has no timeout of its own. Origin: the public contract."""
+
+GRACE: Final = 5.0
+"""Seconds that the service has, beyond the caller's timeout, to say that nothing came free. Origin: the ancestor."""
+
+LOST: Final = (EOFError, OSError, ProtocolError)
+"""What says that a connection is of no more use."""
+
+
+class Caller:
+    """The way to one service. Thread-safe; after a fork, the child makes connections of its own."""
+
+    def __init__(self, host_dir: Path) -> None:
+        """Name the service; nothing happens yet."""
+        self.host_dir = host_dir
+        # A deque, since its append and pop are atomic: a lock could be asked for again by a finalizer.
+        self._idle: deque[Connection] = deque()
+
+    def ask(self, call: messages.Call, timeout: float | None = CALL_TIMEOUT, descriptors: Sequence[int] = ()) -> Any:
+        """Make a call; on a lost connection, make it again on a new one.
+
+        Twice is as good as once for every call but a command's start, which is told by its descriptors. A command whose
+        start is in doubt is left to its control socket: it says that the command runs, or is closed.
+
+        Args:
+            call: What to ask.
+            timeout: Seconds until the service is given up; None: it may take for ever to answer.
+            descriptors: Go beside the call.
+
+        Raises:
+            ServiceUnavailable: No answer within *timeout*.
+            LxcPoolError, TypeError, ValueError: The service's answer.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        again = False
+        while True:
+            connection = self.borrow(deadline, again=again)
+            try:
+                result = connection.call(call, deadline, descriptors)
+            except LOST as error:
+                connection.close()
+                if descriptors and isinstance(error, AnswerLost):
+                    return None
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise ServiceUnavailable(
+                        f"the service in {self.host_dir} did not answer within {timeout:g} s"
+                    ) from error
+                again = True
+            except (LxcPoolError, TypeError, ValueError):
+                self.give_back(connection)
+                raise
+            except BaseException:
+                connection.close()  # an answer may still be on its way
+                raise
+            else:
+                self.give_back(connection)
+                return result
+
+    def borrow(self, deadline: float | None, *, again: bool) -> Connection:
+        """Take an idle connection, or make one; see `Connection.open`. It is the caller's to give back or close."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                until = time.monotonic() + CALL_TIMEOUT if deadline is None else deadline
+                return Connection.open(self.host_dir, until, again=again)
+            if connection.usable:
+                return connection
+            connection.close()
+
+    def give_back(self, connection: Connection) -> None:
+        """Take a connection back that no answer is on its way on."""
+        self._idle.append(connection)
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def __reduce__(self) -> tuple[type[Caller], tuple[Path]]:
+        return Caller, (self.host_dir,)

@@ -1,0 +1,77 @@
+"""The pool's data: every container, the shelves that they stand on, and the one lock that guards all of it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from lxc_pool.config import ProfileConfig
+from lxc_pool.model import State
+from lxc_pool.service.lifecycle import Member
+from lxc_pool.service.shelf import Shelf
+
+
+class Stock:
+    """What `Pool` (who gets what) and `Upkeep` (what is made and removed) decide about. All but `lock` needs the lock.
+
+    Attributes:
+        lock: Held for decisions only.
+        changed: Its condition, notified at every move.
+        members: Every container by name.
+        shelves: The profiles by name; the first is the default one.
+        to_reap: Those in REAPING that no lane has taken on yet, oldest first.
+        draining: Nothing is handed out or made until this ends.
+        closed: The same, for ever.
+        wake: Called when there may be something to do for a lane.
+    """
+
+    def __init__(self, profiles: Sequence[ProfileConfig], rng: random.Random, wake: Callable[[], None]) -> None:
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self.members: dict[str, Member] = {}
+        self.shelves = {profile.name: Shelf(profile, rng) for profile in profiles}
+        self.to_reap: OrderedDict[str, Member] = OrderedDict()
+        self.draining = False
+        self.closed = False
+        self.error_count = 0
+        self.last_error: str | None = None
+        self.wake = wake
+
+    @property
+    def default_shelf(self) -> Shelf:
+        """The shelf of the first profile."""
+        return next(iter(self.shelves.values()))
+
+    def shelf_of(self, member: Member) -> Shelf:
+        """Return the shelf of a container's profile."""
+        return self.shelves[member.profile]
+
+    def add(self, member: Member) -> None:
+        """Take in a container, in whatever state it is."""
+        self.members[member.name] = member
+        self.shelf_of(member).counts[member.state] += 1
+
+    def move(self, member: Member, state: State) -> None:
+        """Bring a container into another state; see `Member.move`."""
+        counts = self.shelf_of(member).counts
+        before = member.state
+        member.move(state)
+        counts[before] -= 1
+        counts[state] += 1
+        if state is State.REAPING:
+            self.to_reap[member.name] = member
+            self.wake()
+        self.changed.notify_all()
+
+    def drop(self, member: Member) -> None:
+        """Forget a container that is gone."""
+        self.shelf_of(member).counts[member.state] -= 1
+        del self.members[member.name]
+        self.changed.notify_all()
+
+    def note_error(self, text: str) -> None:
+        """Take note of a failure."""
+        self.error_count += 1
+        self.last_error = text

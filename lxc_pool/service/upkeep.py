@@ -1,0 +1,221 @@
+"""Upkeep: what the lanes are to do next, and what follows from what they did.
+
+Runs on the dispatcher's thread (`dispatch`), the lanes' (`_done`) and the watchdog's (`_overdue`, `_retry`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+from lxc_pool.backend.protocol import Blueprint
+from lxc_pool.config import Config
+from lxc_pool.errors import LxcPoolError
+from lxc_pool.host.processes import ProcessIdentity
+from lxc_pool.images.store import Image
+from lxc_pool.model import State
+from lxc_pool.service.lanes import CreateJob, DestroyJob, Job, Lane, LaneBroken, Outcome, PrepareJob
+from lxc_pool.service.lifecycle import Member
+from lxc_pool.service.shelf import Shelf
+from lxc_pool.service.stock import Stock
+from lxc_pool.service.watchdog import Timer, Watch, Watched
+
+log = logging.getLogger(__name__)
+
+_DESTROY_PAUSES = (0.1, 0.5, 2.0, 10.0, 60.0)
+"""Seconds until a failed removal is tried again, by how often it has failed; the last one for ever after. Guesses."""
+
+
+class JobTimeout(LxcPoolError):
+    """A job took longer than it may; its lane was killed."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Slot:
+    """A lane and what it does; guarded by the pool's lock."""
+
+    lane: Lane
+    job: Job | None = None
+    timer: Timer | None = None
+
+
+class Upkeep:
+    """Keep every lane busy with what is needed most."""
+
+    def __init__(
+        self,
+        config: Config,
+        stock: Stock,
+        lanes: Sequence[Lane],
+        watch: Watch,
+        *,
+        new_name: Callable[[], str],
+        came_up: Callable[[Member], None],
+        failed: Callable[[Member], None],
+        init_died: Callable[[str], None],
+    ) -> None:
+        """Make it; nothing happens before the first `dispatch`.
+
+        Args:
+            config: Sizes and deadlines.
+            stock: What is decided about.
+            lanes: Who does the work; opened and closed by the caller.
+            watch: The clock, and who notices deaths.
+            new_name: Returns a name that no container has or had.
+            came_up: Called, with the lock held, for a container that is up and watched.
+            failed: Called, with the lock held, for one that is not.
+            init_died: Called when the init of a container has ended.
+        """
+        self._config = config
+        self._stock = stock
+        self._watch = watch
+        self._new_name = new_name
+        self._came_up = came_up
+        self._failed = failed
+        self._init_died = init_died
+        self._slots = [Slot(lane) for lane in lanes]
+
+    def dispatch(self) -> None:
+        """Give every idle lane what is to be done next."""
+        while (pick := self._choose()) is not None:
+            slot, job = pick
+            timeout = self._config.image_timeout if isinstance(job, PrepareJob) else self._config.create_timeout
+            timer = self._watch.call_at(self._watch.now() + timeout, functools.partial(self._overdue, slot, job))
+            with self._stock.lock:
+                if slot.job is job:
+                    slot.timer = timer
+            slot.lane.start(job, functools.partial(self._done, slot, job))
+
+    def _choose(self) -> tuple[Slot, Job] | None:
+        """Take one idle lane and the job for it; None if there is no such pair."""
+        with self._stock.lock:
+            slot = next((slot for slot in self._slots if slot.job is None), None)
+            if slot is None:
+                return None
+            slot.job = self._next_job()
+            return None if slot.job is None else (slot, slot.job)
+
+    def _next_job(self) -> Job | None:
+        """Choose: somebody waits → create; else remove what is to be removed; else create."""
+        stock, now = self._stock, self._watch.now()
+        shelves = [] if stock.closed or stock.draining else list(stock.shelves.values())
+        for shelf in shelves:
+            if shelf.wants_image(now):
+                shelf.preparing = True
+                return PrepareJob(shelf.profile.image)
+        wanting = [shelf for shelf in shelves if shelf.wants_container(now)]
+        for shelf in wanting:
+            if shelf.waiters:
+                return self._begin_creation(shelf, now)
+        if stock.to_reap:
+            name, member = stock.to_reap.popitem(last=False)
+            return DestroyJob(name, force=member.retries > 0)
+        return self._begin_creation(wanting[0], now) if wanting else None
+
+    def _begin_creation(self, shelf: Shelf, now: float) -> CreateJob:
+        assert shelf.image is not None, "a shelf without an image wants no container"
+        member = Member(self._new_name(), shelf.profile.name, now)
+        self._stock.add(member)
+        return CreateJob(Blueprint(member.name, shelf.profile, shelf.image, now + self._config.create_timeout))
+
+    def _done(self, slot: Slot, job: Job, outcome: Outcome) -> None:
+        """Take in what a job came to."""
+        if isinstance(outcome, LaneBroken):
+            with self._stock.lock:
+                if slot.job is not job:
+                    return
+            slot.lane.replace()
+        init: Watched | None = None
+        if isinstance(job, CreateJob) and isinstance(outcome, ProcessIdentity):
+            name = job.blueprint.name
+            try:
+                init = self._watch.watch(outcome, functools.partial(self._init_died, name))
+            except ProcessLookupError:
+                outcome = LxcPoolError(f"{name} came up and went down at once")
+        with self._stock.lock:
+            if slot.job is not job:  # its time was up meanwhile, and that has been dealt with
+                if init is not None:
+                    self._watch.forget(init)
+                return
+            slot.job = None
+            if slot.timer is not None:
+                slot.timer.cancel()
+                slot.timer = None
+            self._settle(job, outcome, init)
+            self._stock.wake()
+
+    def _overdue(self, slot: Slot, job: Job) -> None:
+        """Give up on a job whose time is up."""
+        with self._stock.lock:
+            if slot.job is not job:
+                return
+        log.warning("a lane hangs in %s; it is killed and replaced", _describe(job))
+        slot.lane.replace()
+        self._done(slot, job, JobTimeout(f"{_describe(job)} took longer than allowed and was killed"))
+
+    def _settle(self, job: Job, outcome: Outcome, init: Watched | None) -> None:
+        """Move what the job was about to where it belongs now. With the lock held."""
+        if isinstance(outcome, LxcPoolError):
+            self._stock.note_error(str(outcome))
+            log.warning("%s failed: %s", _describe(job), outcome)
+        match job:
+            case PrepareJob(name):
+                for shelf in self._stock.shelves.values():
+                    if shelf.preparing and shelf.profile.image == name:
+                        shelf.preparing = False
+                        self._settle_prepared(shelf, outcome)
+            case CreateJob(blueprint):
+                self._settle_created(self._stock.members[blueprint.name], outcome, init)
+            case DestroyJob(name):
+                self._settle_destroyed(self._stock.members[name], outcome)
+
+    def _settle_prepared(self, shelf: Shelf, outcome: Outcome) -> None:
+        if isinstance(outcome, Image):
+            shelf.image = outcome
+            shelf.backoff.succeed()
+            log.info("image %s is ready", outcome.ref)
+        else:
+            self._back_off(shelf)
+
+    def _settle_created(self, member: Member, outcome: Outcome, init: Watched | None) -> None:
+        shelf = self._stock.shelf_of(member)
+        if init is None:
+            self._back_off(shelf)
+            if isinstance(outcome, (LaneBroken, JobTimeout)):
+                member.retries = 1  # the engine may hang over it again: remove it by force
+            self._failed(member)
+            return
+        shelf.backoff.succeed()
+        member.init = init
+        member.since = self._watch.now()
+        self._came_up(member)
+
+    def _settle_destroyed(self, member: Member, outcome: Outcome) -> None:
+        if isinstance(outcome, LxcPoolError):
+            pause = _DESTROY_PAUSES[min(member.retries, len(_DESTROY_PAUSES) - 1)]
+            member.retries += 1
+            member.reason = str(outcome)
+            self._stock.move(member, State.STUCK)
+            self._watch.call_at(self._watch.now() + pause, functools.partial(self._retry, member))
+        else:
+            self._stock.drop(member)
+
+    def _retry(self, member: Member) -> None:
+        with self._stock.lock:
+            if member.state is State.STUCK:
+                self._stock.move(member, State.REAPING)
+
+    def _back_off(self, shelf: Shelf) -> None:
+        self._watch.call_at(shelf.backoff.fail(self._watch.now()), self._stock.wake)
+
+
+def _describe(job: Job) -> str:
+    match job:
+        case PrepareJob(image):
+            return f"preparing image {image!r}"
+        case CreateJob(blueprint):
+            return f"creating {blueprint.name}"
+        case DestroyJob(name):
+            return f"removing {name}"

@@ -1,0 +1,522 @@
+"""The pool's logic, on the memory backend with a fake clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from lxc_pool.backend.memory import HANG, Fault
+from lxc_pool.errors import (
+    CloneFailed,
+    ConfigError,
+    DestroyFailed,
+    LeaseExpired,
+    PoolClosed,
+    PoolDraining,
+    StartFailed,
+    UnknownLease,
+)
+from lxc_pool.model import State
+from lxc_pool.service.pool import WarmWait
+from tests.support.world import World
+
+
+def warm_world(size: int = 3, workers: int = 2, **profiles: int) -> World:
+    world = World(size, workers, **profiles)
+    world.settle()
+    return world
+
+
+def test_fills_up_to_its_size_and_no_further() -> None:
+    world = warm_world(3)
+    assert world.count(State.WARM) == 3
+    assert len(world.backend.present) == 3
+
+
+def test_never_has_more_creations_under_way_than_lanes() -> None:
+    world = World(5, workers=2)
+    world.backend.script("start", *[Fault(delay=1.0)] * 5)
+    world.settle()
+    assert world.count(State.BUILDING) == 2
+    world.advance(1.0)
+    assert (world.count(State.WARM), world.count(State.BUILDING)) == (2, 2)
+
+
+def test_a_container_gets_its_id_as_it_leaves() -> None:
+    world = warm_world(1)
+    assert world.pool.containers(None)[0].id is None
+    info = world.lease("my-job")
+    assert (info.id, info.state, info.owner_pid, info.owner_uid) == ("my-job", State.LEASED, 100, 1000)
+
+
+def test_an_offer_is_no_lease_until_it_is_confirmed() -> None:
+    world = warm_world(1)
+    ticket = world.ask()
+    assert ticket.offer is not None
+    assert ticket.offer.state is State.RESERVED
+    with pytest.raises(UnknownLease):
+        world.pool.leased(ticket.offer.name, 1000)
+
+
+def test_an_unconfirmed_offer_goes_back_and_is_the_next_one_again() -> None:
+    world = warm_world(2)
+    ticket = world.ask()
+    assert ticket.offer is not None
+    name = ticket.offer.name
+    world.pool.take_back(1000, ticket.request, "session")
+    assert world.count(State.WARM) == 2
+    assert world.pool.confirm(1000, ticket.request) is None
+    assert world.lease().name == name
+
+
+def test_an_offer_is_taken_back_only_by_the_connection_that_it_was_made_on() -> None:
+    world = warm_world(1)
+    ticket = world.ask(session="old")
+    world.ask(session="new", request=ticket.request)
+    world.pool.take_back(1000, ticket.request, "old")
+    assert world.pool.confirm(1000, ticket.request) is not None
+
+
+def test_confirming_twice_is_as_good_as_once() -> None:
+    world = warm_world(1)
+    ticket = world.ask()
+    assert world.pool.confirm(1000, ticket.request) == world.pool.confirm(1000, ticket.request)
+
+
+def test_a_repeated_request_finds_its_lease() -> None:
+    world = warm_world(2)
+    ticket = world.ask()
+    world.pool.confirm(1000, ticket.request)
+    again = world.ask(request=ticket.request, session="other")
+    assert again.offer is ticket.offer
+    assert world.count(State.LEASED) == 1
+
+
+def test_the_request_of_another_user_with_the_same_name_is_another_request() -> None:
+    world = warm_world(2)
+    ticket = world.ask(uid=1)
+    other = world.ask(uid=2, request=ticket.request)
+    assert other.offer is not ticket.offer
+
+
+def test_a_request_that_comes_again_takes_the_place_of_the_one_that_waits() -> None:
+    world = World(1)
+    first = world.ask()
+    second = world.ask(request=first.request, session="other")
+    assert isinstance(first.error, PoolClosed)
+    world.settle()
+    assert second.offer is not None
+    assert world.pool.census().total("waiting") == 0
+
+
+def test_a_spike_of_one_more_than_there_are_gets_each_a_container_of_its_own_and_makes_no_surplus() -> None:
+    world = warm_world(3)
+    tickets = [world.ask(pid=pid) for pid in range(100, 104)]
+    assert [ticket.offer is not None for ticket in tickets] == [True, True, True, False]
+    for ticket in tickets[:3]:
+        assert world.pool.confirm(1000, ticket.request)
+    world.settle()
+    assert world.pool.confirm(1000, tickets[3].request)
+    world.settle()
+    names = {ticket.offer.name for ticket in tickets if ticket.offer}
+    assert len(names) == 4
+    assert len(world.backend.present) == 4 + 3
+
+
+def test_waiters_of_one_user_are_served_in_the_order_in_which_they_came() -> None:
+    world = World(1, workers=1)
+    tickets = [world.ask(pid=pid) for pid in range(100, 105)]
+    served = []
+    for _ in tickets:
+        world.settle()
+        ticket = next(t for t in tickets if t.offer is not None and t not in served)
+        served.append(ticket)
+        info = world.pool.confirm(1000, ticket.request)
+        assert info
+    assert served == tickets
+
+
+def test_users_who_wait_take_turns() -> None:
+    world = World(1, workers=1)
+    tickets = [world.ask(uid=uid) for uid in (1, 1, 1, 2)]
+    order = []
+    while len(order) < 4:
+        world.settle()
+        ticket = next(t for t in tickets if t.offer is not None and t not in order)
+        order.append(ticket)
+        world.pool.confirm(ticket.uid, ticket.request)
+    assert [ticket.uid for ticket in order] == [1, 2, 1, 1]
+
+
+def test_somebody_who_gave_up_is_passed_over_and_learns_why() -> None:
+    world = World(1)
+    world.backend.script("start", Fault(error=StartFailed("no such device")))
+    first, second = world.ask(), world.ask()
+    world.settle()
+    words = world.pool.withdraw(first)
+    assert "no such device" in words
+    assert "place 1 of 2" in words
+    assert "0 warm" in words
+    world.advance(10)
+    assert (first.offer, second.offer is not None) == (None, True)
+
+
+def test_a_released_container_is_destroyed_and_never_seen_again() -> None:
+    world = warm_world(2)
+    name = world.lease().name
+    world.pool.release(name, 1000)
+    world.settle()
+    assert name not in world.backend.present
+    assert name not in [info.name for info in world.pool.containers(None)]
+    assert world.count(State.WARM) == 2
+
+
+def test_releasing_twice_is_as_good_as_once() -> None:
+    world = warm_world(1)
+    name = world.lease().name
+    world.pool.release(name, 1000)
+    world.pool.release(name, 1000)
+    world.settle()
+    world.pool.release(name, 1000)
+
+
+def test_what_is_not_the_callers_is_unknown() -> None:
+    world = warm_world(2)
+    name = world.lease(uid=1000).name
+    for other in (name, world.names(State.WARM)[0], "nothing"):
+        with pytest.raises(UnknownLease):
+            world.pool.leased(other, 1001)
+        with pytest.raises(UnknownLease):
+            world.pool.release(other, 1001)
+    assert world.pool.leased(name, None).name == name
+
+
+def test_ids_and_owners_are_shown_to_their_user_and_to_administrators_alone() -> None:
+    world = warm_world(2)
+    name = world.lease("secret", uid=1000).name
+    own, foreign, admin = (
+        next(info for info in world.pool.containers(uid) if info.name == name) for uid in (1000, 1001, None)
+    )
+    assert (own.id, admin.id) == ("secret", "secret")
+    assert (foreign.id, foreign.owner_pid, foreign.owner_uid) == (None, None, None)
+
+
+def test_when_the_owner_dies_all_its_containers_are_reaped() -> None:
+    world = warm_world(3)
+    mine = {world.lease(pid=7).name, world.lease(pid=7).name}
+    other = world.lease(pid=8).name
+    world.watch.kill(world.process(7))
+    world.settle()
+    assert not mine & world.backend.present
+    assert world.names(State.LEASED) == [other]
+    assert world.count(State.WARM) == 3
+
+
+def test_an_owner_that_dies_between_offer_and_confirmation_gets_nothing() -> None:
+    world = warm_world(1)
+    ticket = world.ask(pid=7)
+    world.watch.kill(world.process(7))
+    assert world.pool.confirm(1000, ticket.request) is None
+    assert world.count(State.WARM) == 1
+
+
+def test_a_dead_owner_is_refused() -> None:
+    world = warm_world(1)
+    world.watch.kill(world.process(7))
+    with pytest.raises(ValueError, match="owner 7"):
+        world.ask(pid=7)
+    assert world.count(State.WARM) == 1
+
+
+def test_an_unknown_profile_is_refused_with_the_names_of_those_there_are() -> None:
+    world = warm_world()
+    with pytest.raises(ValueError, match=r"'big'.*default"):
+        world.ask(profile="big")
+
+
+def test_a_lease_with_a_ttl_ends_by_itself_counted_from_its_confirmation() -> None:
+    world = warm_world(1)
+    ticket = world.ask(ttl=5.0)
+    world.advance(4)
+    info = world.pool.confirm(1000, ticket.request)
+    assert info
+    world.advance(4)
+    assert world.pool.leased(info.name, 1000).state is State.LEASED
+    world.advance(1.5)
+    with pytest.raises(LeaseExpired, match="expired"):
+        world.pool.leased(info.name, 1000)
+
+
+def test_renewing_puts_the_end_of_a_lease_off() -> None:
+    world = warm_world(1)
+    name = world.lease(ttl=5.0).name
+    world.advance(4)
+    world.pool.set_ttl(name, 1000, 5.0)
+    world.advance(4)
+    assert world.pool.leased(name, 1000)
+    world.advance(2)
+    with pytest.raises(LeaseExpired):
+        world.pool.leased(name, 1000)
+
+
+def test_a_kept_lease_outlives_its_owner_until_its_ttl() -> None:
+    world = warm_world(1)
+    name = world.lease(pid=7).name
+    world.pool.set_ttl(name, 1000, 60.0, drop_owner=True)
+    world.watch.kill(world.process(7))
+    world.advance(59)
+    assert world.pool.leased(name, 1000).owner_pid is None
+    world.advance(2)
+    assert name not in world.backend.present
+
+
+def test_a_warm_container_whose_init_dies_is_replaced_before_anyone_gets_it() -> None:
+    world = warm_world(2)
+    name = world.names(State.WARM)[0]
+    world.watch.kill(world.backend.running[name])
+    assert world.lease().name != name
+    world.settle()
+    assert name not in world.backend.present
+    assert world.count(State.WARM) == 2
+
+
+def test_a_leased_container_whose_init_dies_ends_the_lease_and_says_so() -> None:
+    world = warm_world(1)
+    name = world.lease().name
+    world.watch.kill(world.backend.running[name])
+    with pytest.raises(LeaseExpired, match="its init died"):
+        world.pool.leased(name, 1000)
+
+
+def test_a_reserved_container_whose_init_dies_is_not_confirmed() -> None:
+    world = warm_world(1)
+    ticket = world.ask()
+    assert ticket.offer is not None
+    world.watch.kill(world.backend.running[ticket.offer.name])
+    assert world.pool.confirm(1000, ticket.request) is None
+
+
+@pytest.mark.parametrize("step", ["clone", "start", "probe"])
+def test_a_container_that_does_not_come_up_is_destroyed_and_never_handed_out(step: str) -> None:
+    world = World(1)
+    world.backend.script(step, Fault(error=StartFailed("liblxc says no")))  # type: ignore[arg-type]
+    world.settle()
+    assert world.count(State.WARM) == 0
+    assert world.backend.present == set()
+    census = world.pool.census()
+    assert (census.error_count, census.last_error) == (1, "liblxc says no")
+    assert census.backoff > 0
+
+
+def test_failures_hold_creation_back_longer_and_longer_but_seconds_at_most() -> None:
+    world = World(4, workers=4)
+    world.backend.script("start", *[Fault(error=StartFailed("no"))] * 500)
+    world.advance(60)
+    tries = sum(step == "start" for step, _name in world.backend.history)
+    assert 20 < tries < 80
+
+
+def test_the_pool_is_back_at_full_size_seconds_after_the_cause_of_failures_is_gone() -> None:
+    world = World(4, workers=4)
+    world.backend.script("start", *[Fault(error=StartFailed("no"))] * 30)
+    world.advance(120)
+    world.watch.time -= 0
+    assert world.count(State.WARM) == 4
+    assert world.pool.census().backoff == 0
+    world.backend.script("start", *[Fault(error=CloneFailed("again"))] * 10_000)
+    for name in world.names(State.WARM):
+        world.watch.kill(world.backend.running[name])
+    world.advance(3600)
+    world.backend._faults["start"].clear()
+    world.advance(4)
+    assert world.count(State.WARM) == 4
+
+
+def test_while_creation_fails_one_at_a_time_is_tried() -> None:
+    world = World(4, workers=4)
+    world.backend.script("start", *[Fault(error=StartFailed("no"))] * 4)
+    world.settle()
+    world.backend.script("start", *[Fault(delay=1.0)] * 8)
+    world.advance(0.5)
+    assert world.count(State.BUILDING) == 1
+
+
+@pytest.mark.parametrize("step", ["clone", "start", "probe"])
+def test_a_lane_that_hangs_in_a_creation_is_replaced_and_the_rest_goes_on(step: str) -> None:
+    world = World(2, workers=2)
+    world.backend.script(step, HANG)  # type: ignore[arg-type]
+    world.settle()
+    assert world.count(State.WARM) == 1
+    world.advance(29)
+    assert sum(lane.replaced for lane in world.lanes) == 0
+    world.advance(5)
+    assert sum(lane.replaced for lane in world.lanes) == 1
+    assert world.count(State.WARM) == 2
+    assert len(world.backend.present) == 2
+    assert "longer than allowed" in str(world.pool.census().last_error)
+
+
+@pytest.mark.parametrize("step", ["stop", "destroy"])
+def test_a_lane_that_hangs_in_a_removal_is_replaced_and_the_removal_tried_again(step: str) -> None:
+    world = warm_world(1)
+    name = world.lease().name
+    world.backend.script(step, HANG)  # type: ignore[arg-type]
+    world.pool.release(name, 1000)
+    world.advance(40)
+    assert name not in world.backend.present
+    assert world.count(State.STUCK) == 0
+
+
+def test_an_image_that_takes_longer_than_a_container_may_is_waited_for() -> None:
+    world = World(1)
+    world.backend.script("prepare", Fault(delay=100.0))
+    world.advance(90)
+    assert world.count(State.BUILDING) == 0
+    assert sum(lane.replaced for lane in world.lanes) == 0
+    world.advance(11)
+    assert world.count(State.WARM) == 1
+
+
+def test_a_container_that_can_not_be_removed_is_stuck_visible_retried_and_no_capacity() -> None:
+    world = warm_world(1)
+    world.backend.script("destroy", *[Fault(error=DestroyFailed("device busy"))] * 2)
+    name = world.lease().name
+    world.pool.release(name, 1000)
+    world.settle()
+    info = next(info for info in world.pool.containers(None) if info.name == name)
+    assert (info.state, info.reason) == (State.STUCK, "device busy")
+    assert world.count(State.WARM) == 1
+    world.advance(1)
+    assert name not in world.backend.present
+
+
+def test_many_stuck_containers_do_not_end_the_pool() -> None:
+    world = warm_world(2)
+    world.backend.script("stop", *[Fault(error=DestroyFailed("no"))] * 100_000)
+    for _ in range(10):
+        world.pool.release(world.lease().name, 1000)
+        world.settle()
+    assert world.count(State.WARM) == 2
+    assert world.count(State.STUCK) + world.count(State.REAPING) == 10
+
+
+def test_a_pool_of_one_size_can_be_given_another() -> None:
+    world = warm_world(2)
+    world.pool.resize(4)
+    world.settle()
+    assert world.count(State.WARM) == 4
+    world.pool.resize(1)
+    world.settle()
+    assert world.count(State.WARM) == 1
+    assert len(world.backend.present) == 1
+
+
+@pytest.mark.parametrize("size", [0, -1, 1001, True, 1.5])
+def test_a_size_that_no_pool_can_have_is_refused(size: int) -> None:
+    world = warm_world(2)
+    with pytest.raises(ConfigError, match="size"):
+        world.pool.resize(size)
+    assert world.count(State.WARM) == 2
+
+
+def test_a_reserved_container_is_not_kept_when_the_pool_was_made_smaller_meanwhile() -> None:
+    world = warm_world(2)
+    ticket = world.ask()
+    world.pool.resize(1)
+    world.pool.take_back(1000, ticket.request, "session")
+    world.settle()
+    assert len(world.backend.present) == 1
+
+
+def test_draining_discards_warm_ones_sends_waiters_away_and_leaves_leases() -> None:
+    world = warm_world(1)
+    leased = world.lease().name
+    waiter = world.ask()
+    world.pool.drain()
+    world.settle()
+    assert isinstance(waiter.error, PoolDraining)
+    assert world.backend.present == {leased}
+    with pytest.raises(PoolDraining):
+        world.ask()
+    world.pool.resume()
+    world.settle()
+    assert world.count(State.WARM) == 1
+
+
+def test_what_is_being_built_while_the_pool_is_drained_is_discarded() -> None:
+    world = World(1)
+    world.backend.script("start", Fault(delay=1.0))
+    world.settle()
+    world.pool.drain()
+    world.advance(2)
+    assert world.backend.present == set()
+
+
+def test_closing_sends_waiters_away_and_leaves_nothing_once_leases_are_ended() -> None:
+    world = warm_world(1)
+    leased = world.lease().name
+    waiter = world.ask()
+    world.pool.close_to_new()
+    world.settle()
+    assert isinstance(waiter.error, PoolClosed)
+    assert world.backend.present == {leased}
+    with pytest.raises(PoolClosed):
+        world.ask()
+    assert not world.pool.wait_until(State.LEASED, timeout=0)
+    world.pool.end_leases()
+    world.settle()
+    assert world.pool.wait_until(State.LEASED, State.REAPING, timeout=0)
+    assert world.backend.present == set()
+
+
+def test_profiles_have_containers_and_queues_of_their_own() -> None:
+    world = warm_world(small=1, large=2)
+    assert world.lease(profile="small").profile == "small"
+    waiter = world.ask(profile="small")
+    assert world.lease(profile="large").profile == "large"
+    assert not waiter.answered
+    census = world.pool.census()
+    assert (census.profiles["small"].waiting, census.profiles["large"].size) == (1, 1)
+
+
+def test_abandoning_undoes_a_request_in_whichever_step_it_is() -> None:
+    world = warm_world(2)
+    reserved, leased = world.ask(), world.ask()
+    world.pool.confirm(1000, leased.request)
+    world.pool.abandon(1000, reserved.request)
+    world.pool.abandon(1000, leased.request)
+    world.pool.abandon(1000, "unheard of")
+    world.settle()
+    assert world.count(State.WARM) == 2
+    assert world.count(State.LEASED) == 0
+    assert leased.offer is not None
+    assert leased.offer.name not in world.backend.present
+
+
+def test_whoever_waits_for_warm_containers_is_told_once_they_are() -> None:
+    world = World(2)
+    told: list[str] = []
+    all_of_them = WarmWait(None, lambda: told.append("all"))
+    one = WarmWait(1, lambda: told.append("one"))
+    forgotten = WarmWait(1, lambda: told.append("forgotten"))
+    for wait in (all_of_them, one, forgotten):
+        world.pool.await_warm(wait)
+    world.pool.forget_wait(forgotten)
+    world.pool.forget_wait(forgotten)
+    world.settle()
+    assert told == ["one", "all"]
+    assert all_of_them.reached
+
+
+def test_what_an_earlier_service_left_is_removed() -> None:
+    world = World(1)
+    world.backend.present.add("old")
+    world.pool.adopt_residue(["old"])
+    world.settle()
+    assert "old" not in world.backend.present
+
+
+def test_nothing_is_watched_any_more_once_the_pool_lets_go() -> None:
+    world = warm_world(2)
+    world.lease()
+    world.pool.let_go()
+    assert world.watch.watched == []
