@@ -55,10 +55,12 @@ def read_key(host_dir: Path) -> bytes:
         raise AccessDenied(_unreadable(path)) from error
     except OSError as error:
         raise HostDirError(f"{path} can't be opened as a key: {error.strerror}") from error
-    with open(descriptor, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise HostDirError(f"{path} is not a regular file; is {host_dir} the service's host dir?")
-        key = file.read(MAX_KEY + 1)
+        key = os.read(descriptor, MAX_KEY + 1)
+    finally:
+        os.close(descriptor)
     if not key or len(key) > MAX_KEY:
         raise HostDirError(f"{path} does not hold a key: it has {'no' if not key else 'too many'} bytes")
     return key

@@ -61,6 +61,8 @@ def check_id(value: object) -> LeaseId:
     if isinstance(value, bool) or not isinstance(value, (str, int, ContainerId)):
         raise TypeError(f"id must be a ContainerId, a str or an int, not {value!r}")
     if isinstance(value, ContainerId):
+        if not isinstance(value.job_id, str):
+            raise TypeError(f"id.job_id must be a str, not {value.job_id!r}; ContainerId.create takes numbers too")
         check_id(value.job_id)
         for field, part in (("creation_time", value.creation_time), ("pid", value.pid)):
             if isinstance(part, bool) or not isinstance(part, int):

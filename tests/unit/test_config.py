@@ -1,0 +1,159 @@
+"""The configuration: every key, and for every mistake the file, the line, the key and what would be right."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lxc_pool import config
+from lxc_pool.config import Config, ProfileConfig, check_size, load, parse
+from lxc_pool.errors import ConfigError
+
+
+def read(text: str, size: int | None = None) -> Config:
+    return parse(text, origin="pool.toml", size=size)
+
+
+def test_without_a_file_there_is_one_profile_of_five_and_a_lane_for_each_cpu_but_at_most_five() -> None:
+    found = read("")
+    assert found.profiles == (ProfileConfig("default", 5, "busybox", "empty", ()),)
+    assert found.workers == min(os.cpu_count() or 1, 5)
+    assert (found.create_timeout, found.image_timeout, found.confirm_timeout) == (30.0, 600.0, 5.0)
+    assert found.group == "lxc-pool"
+
+
+def test_every_key_is_read() -> None:
+    found = read(
+        """
+        [pool]
+        size = 7
+        workers = 3
+        create_timeout = 10
+        image_timeout = 60.5
+        confirm_timeout = 1
+        [access]
+        group = "testers"
+        [profile.default]
+        [profile.big-one]
+        image = "debian"
+        network = "empty"
+        size = 2
+        probe = ["test", "-e", "/ready"]
+        """
+    )
+    assert found == Config(
+        profiles=(
+            ProfileConfig("default", 7),
+            ProfileConfig("big-one", 2, "debian", "empty", ("test", "-e", "/ready")),
+        ),
+        workers=3,
+        create_timeout=10.0,
+        image_timeout=60.5,
+        confirm_timeout=1.0,
+        group="testers",
+    )
+
+
+def test_the_pools_size_is_that_of_the_default_profile_and_of_no_other() -> None:
+    assert [p.size for p in read("pool.size = 9\n[profile.a]\n[profile.default]").profiles] == [1, 9]
+    assert [p.size for p in read("pool.size = 9\n[profile.a]\n[profile.b]").profiles] == [9, 1]
+    assert [p.size for p in read("[profile.default]\nsize = 2").profiles] == [2]
+
+
+def test_a_size_on_the_command_line_is_stronger_than_the_files() -> None:
+    assert [p.size for p in read("pool.size = 9\n[profile.a]\nsize = 3\n[profile.default]\nsize = 4", 2).profiles] == [
+        3,
+        2,
+    ]
+    assert read("", 2).profiles[0].size == 2
+
+
+@pytest.mark.parametrize("size", [0, -1, 1001, True, 1.0, "5", None])
+def test_refuses_a_size_that_is_not_1_to_1000(size: object) -> None:
+    with pytest.raises(ConfigError, match="size must be an integer from 1 to 1000, not"):
+        check_size(size)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_takes_the_least_and_the_largest_size(size: int) -> None:
+    assert check_size(size) == size
+
+
+def test_a_size_of_0_on_the_command_line_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not 0"):
+        read("", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("[pool]\nsize = 5\nsizes = 6\n", "line 3: pool.sizes", "unknown key; known here: size, workers"),
+        ("\n[pol]\nsize = 5\n", "line 2: pol", "unknown key; known here: pool, access, profile"),
+        ("[access]\n# groups\ngroups = 'x'\n", "line 3: access.groups", "unknown key; known here: group"),
+        ("[profile.a]\nimage='x'\n[profile.b]\nimages='x'\n", "line 4: profile.b.images", "unknown key"),
+        ("[pool]\nsize = 5\n[profile.a]\nworkers = 6\n", "line 4: profile.a.workers", "unknown key"),
+        ('[ profile . a ]\n "nope" = 1\n', "line 2: profile.a.nope", "unknown key"),
+        ("pool = { sizes = 5 }\n", "pool.toml: pool.sizes", "unknown key"),
+        ("[pool]\nsize = 0\n", "line 2: pool.size", "must be an integer from 1 to 1000, not 0"),
+        ("[pool]\nsize = '5'\n", "line 2: pool.size", "must be an integer from 1 to 1000, not '5'"),
+        ("[pool]\nsize = true\n", "line 2: pool.size", "not True"),
+        ("[pool]\nworkers = 65\n", "line 2: pool.workers", "must be an integer from 1 to 64, not 65"),
+        ("[pool]\ncreate_timeout = 0\n", "line 2: pool.create_timeout", "must be a number of seconds above 0"),
+        ("[pool]\ncreate_timeout = nan\n", "line 2: pool.create_timeout", "must be a number of seconds"),
+        ("[pool]\nimage_timeout = 86401\n", "line 2: pool.image_timeout", "up to 86400, not 86401"),
+        ("[pool]\nconfirm_timeout = false\n", "line 2: pool.confirm_timeout", "not False"),
+        ("[pool]\nconfirm_timeout = '1'\n", "line 2: pool.confirm_timeout", "not '1'"),
+        ("[access]\ngroup = ''\n", "line 2: access.group", "must be a string of printable characters, not ''"),
+        ("[access]\ngroup = 5\n", "line 2: access.group", "must be a string of printable characters, not 5"),
+        ('[access]\ngroup = "a\\nb"\n', "line 2: access.group", "must be a string of printable characters"),
+        ("[profile.a]\nnetwork = 'host'\n", "line 2: profile.a.network", "must be one of empty, not 'host'"),
+        ("[profile.a]\nprobe = 'true'\n", "line 2: profile.a.probe", "must be a list of strings, not 'true'"),
+        ("[profile.a]\nprobe = ['x', 1]\n", "line 2: profile.a.probe", "must be a list of strings"),
+        ("[profile.a]\nprobe = ['']\n", "line 2: profile.a.probe", "must be a list of strings"),
+        ("[profile.Big]\n", "line 1: profile.Big", "a profile's name is 1 to 32 of a-z, 0-9, - and _"),
+        ("pool = 5\n", "line 1: pool", "must be a table, not 5"),
+        ("[profile]\na = 5\n", "line 2: profile.a", "must be a table, not 5"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_what_would_be_right(text: str, where: str, what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    message = str(caught.value)
+    assert message.startswith("pool.toml")
+    assert where in message
+    assert what in message
+
+
+def test_what_is_not_toml_is_refused_with_the_parsers_words() -> None:
+    with pytest.raises(ConfigError, match=r"pool\.toml: not valid TOML: .*line 2"):
+        read("[pool]\nsize 5\n")
+
+
+def test_a_profile_is_found_by_name_and_an_unknown_one_is_answered_with_those_there_are() -> None:
+    found = read("[profile.a]\n[profile.b]")
+    assert found.profile("b").name == "b"
+    with pytest.raises(ValueError, match="unknown profile 'c'; the service has: a, b"):
+        found.profile("c")
+
+
+def test_a_named_file_has_to_be_there_and_be_text(tmp_path: Path) -> None:
+    path = tmp_path / "pool.toml"
+    with pytest.raises(ConfigError, match=r"can't read the configuration .*pool\.toml"):
+        load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="can't read the configuration"):
+        load(path)
+    path.write_text("[pool]\nsize = 3\n", encoding="utf-8")
+    assert load(path).profiles[0].size == 3
+    assert load(path, size=4).profiles[0].size == 4
+
+
+def test_the_usual_file_is_read_if_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lxc-pool.toml"
+    monkeypatch.setattr(config, "DEFAULT_CONFIG", path)
+    assert load(size=6).profiles[0].size == 6
+    path.write_text("[pool]\nsize = 3\nbad = 1", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{path}, line 3: pool.bad"):
+        load()
