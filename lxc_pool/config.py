@@ -41,6 +41,11 @@ class ProfileConfig:
     network: str = "empty"
     probe: tuple[str, ...] = ()
 
+    @property
+    def recipe(self) -> str:
+        """What a container of this profile is made by, beside the image's version: equal recipes, equal containers."""
+        return repr(dataclasses.replace(self, name="", size=0))
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:

@@ -105,6 +105,8 @@ class PoolStatus:
         error_count: Creations and removals that have failed since the service began.
         last_error: The newest failure, in the engine's own words; None if there was none.
         backoff: Seconds until creation is tried again after failures; 0 when it is not held back.
+        draining: Whether an administrator has drained the pool.
+        ledger: What people should know of the ledger; None: all is well.
     """
 
     running: bool
@@ -125,6 +127,7 @@ class PoolStatus:
     last_error: str | None
     backoff: float
     draining: bool
+    ledger: str | None
     profiles: dict[str, ProfileStatus]
 
     def as_dict(self) -> dict[str, Any]:

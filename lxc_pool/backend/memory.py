@@ -1,4 +1,4 @@
-"""Containers that exist in memory only, and fail, hang or dawdle when told to: for tests of what stands on a backend."""
+"""Containers that exist in memory only, and fail, hang or dawdle when told to, for tests."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class Fault:
 
 HANG = Fault(delay=math.inf)
 
+_IMAGE = Image(name="busybox", version="1", rootfs=Path("/nonexistent"), size=0, created=0.0, checksum="memory")
+
 
 class MemoryBackend:
     """A `Backend` without an engine. Not thread-safe.
@@ -58,11 +60,12 @@ class MemoryBackend:
         self._faults[step].extend(faults)
 
     def prepare(self, image_name: str) -> Image:
-        """See `Backend.prepare`; the only image there is is "busybox"."""
+        """See `Backend.prepare`; the only image is "busybox"."""
         self._reach("prepare", image_name)
-        if image_name != "busybox":
+        image = self.newest(image_name)
+        if image is None:
             raise ImageError(f"there is no image {image_name!r}")
-        return Image(name=image_name, version="1", rootfs=Path("/nonexistent"), size=0, created=0.0, checksum="memory")
+        return image
 
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         """See `Backend.create`."""
@@ -84,6 +87,10 @@ class MemoryBackend:
         self.running.pop(name, None)
         self._reach("destroy", name)
         self.present.remove(name)
+
+    def newest(self, image_name: str) -> Image | None:
+        """See `Backend.newest`."""
+        return _IMAGE if image_name == _IMAGE.name else None
 
     def names(self) -> tuple[str, ...]:
         """See `Backend.names`."""

@@ -1,6 +1,6 @@
 """What the pool asks of a container engine.
 
-Every call may block for as long as the engine does, so it is made in a lane's worker process only; a lane that takes
+Calls may block for as long as the engine does, so they are made in a lane's worker process only; a lane that takes
 too long is killed, at any point, and `destroy` has to be able to clean up after that. Nothing here assumes that
 containers run
 on this host: a cluster of hosts would be one more implementation.
@@ -58,5 +58,12 @@ class Backend(Protocol):
             DestroyFailed: Something of it is still there.
         """
 
+    def newest(self, image_name: str) -> Image | None:
+        """Return the newest image of that name that is there; does not block, and may be called in the service.
+
+        Raises:
+            ImageError: No image can have that name.
+        """
+
     def names(self) -> tuple[str, ...]:
-        """Return the names of all containers, whole or not, that are there of this pool."""
+        """Return the names of all containers, whole or not, that are there of this pool; as `newest`."""

@@ -31,6 +31,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     parser.add_argument(
         "--grace", type=float, default=10.0, metavar="S", help="seconds that leases have to end (default: 10)"
     )
+    parser.add_argument("--keep-leases", action="store_true", help="leave leases to the next service")
     parser.set_defaults(function=_stop)
 
 
@@ -50,6 +51,8 @@ def _status(arguments: argparse.Namespace) -> int:
     )
     if status.error_count:
         print(f"{status.error_count} errors, the last one: {status.last_error}")
+    if status.ledger:
+        print(status.ledger)
     if status.backoff:
         print(f"creation is held back for {status.backoff:.1f} s after failures")
     return 0
@@ -122,7 +125,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     with PoolManager.connect(arguments.host_dir, timeout=2.0) as pool:
-        pool.shutdown(arguments.grace)
+        pool.shutdown(arguments.grace, keep_leases=arguments.keep_leases)
     return _say(arguments, "stopped", {"running": False})
 
 

@@ -1,18 +1,24 @@
 """Know a process for what it is, hold on to it, and end its whole tree.
 
-A pid alone is reused; boot id, pid and start time together are one process for ever. A pidfd, once open, can't change its
-process. Source: proc_pid_stat(5) field 22, pidfd_open(2).
+A pid alone is reused; boot id, pid and start time together are one process for ever. A pidfd, once open, can't change
+its process. Source: proc_pid_stat(5) field 22, pidfd_open(2).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import os
+import select
+import signal
 from pathlib import Path
 
 import psutil
+
+_F_SETSIG = 10
+"""Not in Python's fcntl module. Source: Linux include/uapi/asm-generic/fcntl.h."""
 
 _PF_FORKNOEXEC = 0x00000040
 """The process was forked and has not executed anything since. Source: Linux include/linux/sched.h."""
@@ -91,6 +97,21 @@ def kill_tree(pid: int, *, timeout: float = 5.0) -> list[int]:
             process.kill()
     _gone, alive = psutil.wait_procs(doomed, timeout=timeout)
     return [process.pid for process in alive]
+
+
+def die_at_end_of(descriptor: int) -> None:
+    """Let the kernel kill this process once the other end of a pipe is closed, by whatever; whatever it does then.
+
+    A thread that waits for that would not do: liblxc's calls hold the GIL. PR_SET_PDEATHSIG would not either: a worker's
+    parent is the fork server, which lives for as long as any worker does. Source: fcntl(2), F_SETSIG.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    if poll.poll(0):
+        os._exit(1)  # it was closed before that
 
 
 def _stat(pid: int) -> list[str]:

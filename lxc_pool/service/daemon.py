@@ -28,7 +28,9 @@ from lxc_pool.service import directories
 from lxc_pool.service.access import service_group
 from lxc_pool.service.dispatcher import Dispatcher
 from lxc_pool.service.lanes import ProcessLane, stop_fork_server
+from lxc_pool.service.ledger import Ledger
 from lxc_pool.service.pool import Pool
+from lxc_pool.service.recovery import judge
 from lxc_pool.service.server import PoolServer, listen
 from lxc_pool.service.service import PoolService
 from lxc_pool.service.watchdog import Watchdog
@@ -49,6 +51,7 @@ class Ending:
         self.grace = DEFAULT_GRACE
         self.begun = False
         self.hurry = False
+        self.keep_leases = False
         self.emptied = False
 
 
@@ -86,8 +89,13 @@ def serve(
             lane.open()
             stack.callback(lane.close)
         dispatcher = Dispatcher(lambda: pool.dispatch())  # noqa: PLW0108  # the pool comes two lines on
-        pool = Pool(config, lanes, watchdog, new_name=_names(instance).__next__, wake=dispatcher.wake)
+        ledger = Ledger(state_dir / "ledger.db")
+        stack.callback(ledger.close)
+        entries = ledger.open()
+        pool = Pool(config, lanes, watchdog, ledger, new_name=_names(instance).__next__, wake=dispatcher.wake)
         stack.callback(pool.let_go)
+        present = [name for name in backend.names() if name.startswith(_prefix(instance))]
+        pool.restore(judge(entries, present, config, backend.newest, watchdog.now()))
         dispatcher.open()
         stack.callback(dispatcher.close)
         launcher = Launcher()
@@ -96,12 +104,18 @@ def serve(
         server = listen(host_dir, key)
         stack.callback(server.close)
         ending = Ending()
-        service = PoolService(config, pool, launcher, socket_path=server.path, stop=_stopper(ending, server))
+        service = PoolService(
+            config,
+            pool,
+            launcher,
+            socket_path=server.path,
+            ledger_notice=lambda: ledger.notice,
+            stop=_stopper(ending, server),
+        )
         server.attach(service, pool, config.confirm_timeout)
         with _signals(ending, server):
             server.socket_listener.open_to(group)
             server.open()
-            pool.adopt_residue(backend.names())
             dispatcher.wake()
             ready(server.path)
             server.serve_forever()
@@ -128,8 +142,9 @@ def _empty(pool: Pool, ending: Ending, server: PoolServer) -> None:
     try:
         log.info("the service is ending; leases have %.1f s", ending.grace)
         pool.close_to_new()
-        pool.wait_until(State.LEASED, State.RESERVED, timeout=ending.grace, unless=lambda: ending.hurry)
-        pool.end_leases()
+        if not ending.keep_leases:
+            pool.wait_until(State.LEASED, State.RESERVED, timeout=ending.grace, unless=lambda: ending.hurry)
+            pool.end_leases()
         if not pool.wait_until(State.BUILDING, State.REAPING, timeout=_REMOVAL_TIMEOUT):
             log.error("not all containers could be removed in %.0f s: %s", _REMOVAL_TIMEOUT, pool.census().profiles)
     finally:
@@ -138,9 +153,9 @@ def _empty(pool: Pool, ending: Ending, server: PoolServer) -> None:
 
 
 def _stopper(ending: Ending, server: PoolServer) -> Callable[[float, bool], None]:
-    def stop(grace: float, _keep_leases: bool) -> None:
+    def stop(grace: float, keep_leases: bool) -> None:
         if not ending.begun:
-            ending.grace = grace
+            ending.grace, ending.keep_leases = grace, keep_leases
             ending.begun = True
         server.stop()
 
@@ -167,7 +182,12 @@ def _signals(ending: Ending, server: PoolServer) -> Iterator[None]:
 def _names(instance: str) -> Iterator[str]:
     """Make names that no container has had: this instance's, with a random word for this run and a number."""
     run = secrets.token_hex(2)
-    return (f"lxp-{instance}-{run}-{number}" for number in itertools.count(1))
+    return (f"{_prefix(instance)}{run}-{number}" for number in itertools.count(1))
+
+
+def _prefix(instance: str) -> str:
+    """Return what all names of this instance, and no others, begin with."""
+    return f"lxp-{instance}-"
 
 
 def _raise_descriptor_limit() -> None:

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from lxc_pool.backend.protocol import Backend, Blueprint
 from lxc_pool.errors import BackendError, InternalError, LxcPoolError
-from lxc_pool.host.processes import ProcessIdentity, kill_tree
+from lxc_pool.host.processes import ProcessIdentity, die_at_end_of, kill_tree
 from lxc_pool.images.store import Image
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,9 @@ def _prepare_worker(backend: Backend) -> None:
     # Ctrl-C reaches the whole process group; when to end is for the service to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    service = multiprocessing.parent_process()
+    if service is not None:
+        die_at_end_of(service.sentinel)  # the fork server then ends too
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     _backend = backend
 

@@ -9,6 +9,7 @@ from typing import Final
 from lxc_pool.errors import InternalError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, LeaseId, State
+from lxc_pool.service.ledger import Entry, LeaseEntry
 from lxc_pool.service.watchdog import Timer, Watched
 
 MOVES: Final[dict[State, frozenset[State]]] = {
@@ -33,6 +34,7 @@ class Reason(enum.StrEnum):
     DRAINED = "drained"
     SURPLUS = "pool made smaller"
     CLOSED = "service ended"
+    IMAGE_REPLACED = "image or profile changed"
     ORPHAN = "left by an earlier service"
 
 
@@ -44,7 +46,8 @@ class Lease:
         request: The client's name for the wish that this lease answers.
         owner: The process whose end ends the lease; None after `keep`.
         ttl: Seconds that the lease lasts from its confirmation; None: it lasts until it is released or its owner ends.
-        expiry: The timer that ends the lease, if it has a ttl and is confirmed.
+        expires: Monotonic time at which it ends, if it has a ttl and is confirmed.
+        expiry: The timer for that.
     """
 
     request: str
@@ -52,6 +55,7 @@ class Lease:
     uid: int
     owner: ProcessIdentity | None
     ttl: float | None = None
+    expires: float | None = None
     expiry: Timer | None = None
 
 
@@ -60,6 +64,8 @@ class Member:
     """One container of the pool; guarded by the pool's lock.
 
     Attributes:
+        image: The version that it was cloned from.
+        recipe: What it was made by, beside the image; see `ProfileConfig.recipe`.
         since: Monotonic time at which it came up, or its building began.
         init: The watched init of the container; None until it runs.
         lease: The lease, from RESERVED on until it is reaped.
@@ -69,6 +75,8 @@ class Member:
 
     name: str
     profile: str
+    image: str
+    recipe: str
     since: float
     state: State = State.BUILDING
     init: Watched | None = None
@@ -86,6 +94,21 @@ class Member:
         if state not in MOVES[self.state]:
             raise InternalError(f"{self.name} can't go from {self.state} to {state}")
         self.state = state
+
+    def entry(self, state: State) -> Entry:
+        """Return what the ledger holds of the container once it is in *state*."""
+        lease = self.lease
+        return Entry(
+            name=self.name,
+            profile=self.profile,
+            state=state,
+            since=self.since,
+            image=self.image,
+            recipe=self.recipe,
+            init=self.init.identity if self.init else None,
+            lease=LeaseEntry(lease.request, lease.id, lease.uid, lease.owner, lease.expires) if lease else None,
+            reason=self.reason,
+        )
 
     def info(self, now: float, *, private: bool) -> ContainerInfo:
         """Return what `ls` shows; without id and owner unless *private*."""

@@ -19,11 +19,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from lxc_pool.config import Config, check_size
-from lxc_pool.errors import LeaseExpired, PoolClosed, PoolDraining, UnknownLease
+from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, ProfileStatus, State
 from lxc_pool.service.lanes import Lane
+from lxc_pool.service.ledger import Entry, Journal
 from lxc_pool.service.lifecycle import Lease, Member, Reason
+from lxc_pool.service.recovery import Verdict
 from lxc_pool.service.shelf import Shelf
 from lxc_pool.service.stock import Stock
 from lxc_pool.service.upkeep import Upkeep
@@ -74,6 +76,7 @@ class Pool:
         config: Config,
         lanes: Sequence[Lane],
         watch: Watch,
+        journal: Journal,
         *,
         new_name: Callable[[], str],
         wake: Callable[[], None],
@@ -85,6 +88,7 @@ class Pool:
             config: What to keep.
             lanes: Who does the work; opened and closed by the caller.
             watch: The clock, and who notices deaths.
+            journal: Where it is written down what there is.
             new_name: Returns a name that no container has or had.
             wake: Called, with the lock held, when `dispatch` should be called soon.
             rng: For the jitter of pauses.
@@ -92,7 +96,7 @@ class Pool:
         self._config = config
         self._watch = watch
         rng = rng or random.Random()  # noqa: S311  # for jitter
-        self._stock = Stock(config.profiles, rng, wake)
+        self._stock = Stock(config.profiles, journal, rng, wake)
         self._upkeep = Upkeep(
             config,
             self._stock,
@@ -163,7 +167,11 @@ class Pool:
             )
 
     def confirm(self, uid: int, request: str) -> ContainerInfo | None:
-        """Turn a reservation into a lease; None if there is none (any more). Confirming twice is as good as once."""
+        """Turn a reservation into a lease; None if there is none (any more). Confirming twice is as good as once.
+
+        Raises:
+            BackendError: The ledger could not be written; the container goes back.
+        """
         with self._lock:
             member = self._requests.get((uid, request))
             if member is None or member.lease is None:
@@ -172,10 +180,15 @@ class Pool:
                 if member.lease.owner not in self._owners:
                     self._take_back(member)  # the owner died since it asked
                     return None
-                self._stock.move(member, State.LEASED)
-                member.session = None
                 if member.lease.ttl is not None:
-                    self._arm_expiry(member.name, member.lease, member.lease.ttl)
+                    member.lease.expires = self._watch.now() + member.lease.ttl
+                try:
+                    self._stock.move(member, State.LEASED)
+                except BackendError:
+                    self._take_back(member)
+                    raise
+                member.session = None
+                self._arm_expiry(member.name, member.lease)
                 self._stock.wake()
             return member.info(self._watch.now(), private=True)
 
@@ -208,14 +221,22 @@ class Pool:
 
         Raises:
             UnknownLease, LeaseExpired: See `leased`.
+            BackendError: The ledger could not be written; nothing has changed.
         """
         with self._lock:
-            lease = self._leased(name, uid)[1]
-            if lease.expiry:
-                lease.expiry.cancel()
-            self._arm_expiry(name, lease, ttl)
+            member, lease = self._leased(name, uid)
+            before = lease.expires, lease.owner
+            lease.expires = self._watch.now() + ttl
             if drop_owner:
                 lease.owner = None
+            try:
+                self._stock.rewrite(member)
+            except BackendError:
+                lease.expires, lease.owner = before
+                raise
+            if lease.expiry:
+                lease.expiry.cancel()
+            self._arm_expiry(name, lease)
 
     def release(self, name: str, uid: int | None) -> None:
         """End a lease; not an error if it has ended. *uid* as for `set_ttl`.
@@ -373,14 +394,37 @@ class Pool:
         """Give every idle lane what is to be done next."""
         self._upkeep.dispatch()
 
-    def adopt_residue(self, names: Sequence[str]) -> None:
-        """Take over containers that an earlier service left, to remove them."""
-        with self._lock:
-            for name in names:
-                # Nothing is known of it: a retry removes it by force.
-                member = Member(name, self._stock.default_shelf.profile.name, self._watch.now(), retries=1)
+    def restore(self, verdicts: Sequence[Verdict]) -> None:
+        """Take over what an earlier service left; before anything else is asked of the pool."""
+        for verdict in verdicts:
+            member = verdict.member
+            self._stock.add_shelf(verdict.profile)
+            reason = verdict.reason or self._watch_again(member, verdict.entry)
+            with self._lock:
                 self._stock.add(member)
-                self._reap(member, Reason.ORPHAN)
+                if member.lease is not None:
+                    self._requests[member.lease.uid, member.lease.request] = member
+                    self._arm_expiry(member.name, member.lease)
+                elif member.state is State.WARM:
+                    self._stock.shelf_of(member).warm.append(member)
+                if reason is not None:
+                    member.retries = 1  # what state it is in is not known: remove it by force
+                    self._reap(member, reason)
+
+    def _watch_again(self, member: Member, entry: Entry) -> Reason | None:
+        """Watch the processes of a container that an earlier service left; return why it is to be reaped after all."""
+        if member.lease is not None and member.lease.owner is not None:
+            try:
+                self._hold_owner(member.lease.owner)
+            except ValueError:
+                return Reason.OWNER_DIED
+        if entry.init is None:
+            return Reason.ORPHAN
+        try:
+            member.init = self._watch.watch(entry.init, functools.partial(self._init_died, member.name))
+        except ProcessLookupError:
+            return Reason.UNHEALTHY
+        return None
 
     # --- deaths and times ---------------------------------------------------------------------------------------------
 
@@ -494,8 +538,9 @@ class Pool:
             raise LeaseExpired(f"the lease of {name} has ended: {self._ended[name][1]}")
         raise UnknownLease(f"no lease of {name!r} is yours: it never was, is long over, or is another user's")
 
-    def _arm_expiry(self, name: str, lease: Lease, ttl: float) -> None:
-        lease.expiry = self._watch.call_at(self._watch.now() + ttl, functools.partial(self._expired, name, lease))
+    def _arm_expiry(self, name: str, lease: Lease) -> None:
+        if lease.expires is not None:
+            lease.expiry = self._watch.call_at(lease.expires, functools.partial(self._expired, name, lease))
 
     def _turn_away(self, error: Exception) -> None:
         for shelf in self._stock.shelves.values():

@@ -116,7 +116,12 @@ class PoolServer(managers.Server):
 
     def serve_forever(self) -> None:
         """Wait until `stop` is called; unlike the stock one, return then, with connections still served."""
-        os.eventfd_read(self._end)
+        while True:
+            try:
+                os.eventfd_read(self._end)
+            except InterruptedError:
+                continue  # a signal's handler ran; unlike other calls, Python (3.11 to 3.14) does not take this one up again
+            return
 
     def close(self) -> None:
         """Stop listening; connections that there are go on."""
@@ -141,7 +146,7 @@ class PoolServer(managers.Server):
                 continue
             self.handle_request(sock)
 
-    def handle_request(self, conn: socket.socket) -> None:  # type: ignore[override]  # the stock listener's accept gives another type
+    def handle_request(self, conn: socket.socket) -> None:  # type: ignore[override]  # the stock type
         """Start a session on a new connection."""
         if self._service is None or self._pool is None:
             conn.close()

@@ -47,7 +47,14 @@ class PoolService:
     """The object behind the proxy. Shared by all connections' threads; all state is the pool's."""
 
     def __init__(
-        self, config: Config, pool: Pool, launcher: Launcher, *, socket_path: str, stop: Callable[[float, bool], None]
+        self,
+        config: Config,
+        pool: Pool,
+        launcher: Launcher,
+        *,
+        socket_path: str,
+        ledger_notice: Callable[[], str | None],
+        stop: Callable[[float, bool], None],
     ) -> None:
         """Put the service together.
 
@@ -56,12 +63,14 @@ class PoolService:
             pool: What it serves.
             launcher: What starts commands.
             socket_path: Where it listens.
+            ledger_notice: Returns what people should know of the ledger, if anything.
             stop: Called with grace and keep_leases to end the service; returns at once.
         """
         self._config = config
         self._pool = pool
         self._launcher = launcher
         self._socket_path = socket_path
+        self._ledger_notice = ledger_notice
         self._stop = stop
         self._began = time.monotonic()
         self.stopped = threading.Event()
@@ -151,6 +160,7 @@ class PoolService:
             last_error=census.last_error,
             backoff=census.backoff,
             draining=census.draining,
+            ledger=self._ledger_notice(),
             profiles=census.profiles,
         )
 

@@ -38,7 +38,7 @@ class Shelf:
 
     def wants_image(self, now: float) -> bool:
         """Whether a lane should prepare the image."""
-        return self.image is None and not self.preparing and not self.backoff.remaining(now)
+        return self.capacity > 0 and self.image is None and not self.preparing and not self.backoff.remaining(now)
 
     def wants_container(self, now: float) -> bool:
         """Whether a lane should create a container.

@@ -8,7 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from lxc_pool.config import ProfileConfig
+from lxc_pool.errors import BackendError
 from lxc_pool.model import State
+from lxc_pool.service.ledger import Journal
 from lxc_pool.service.lifecycle import Member
 from lxc_pool.service.shelf import Shelf
 
@@ -27,7 +29,9 @@ class Stock:
         wake: Called when there may be something to do for a lane.
     """
 
-    def __init__(self, profiles: Sequence[ProfileConfig], rng: random.Random, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, profiles: Sequence[ProfileConfig], journal: Journal, rng: random.Random, wake: Callable[[], None]
+    ) -> None:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.members: dict[str, Member] = {}
@@ -38,6 +42,8 @@ class Stock:
         self.error_count = 0
         self.last_error: str | None = None
         self.wake = wake
+        self._journal = journal
+        self._rng = rng
 
     @property
     def default_shelf(self) -> Shelf:
@@ -48,13 +54,31 @@ class Stock:
         """Return the shelf of a container's profile."""
         return self.shelves[member.profile]
 
+    def add_shelf(self, profile: ProfileConfig) -> Shelf:
+        """Take in a profile."""
+        return self.shelves.setdefault(profile.name, Shelf(profile, self._rng))
+
+    def announce(self, member: Member) -> None:
+        """Take in a container that is to be built.
+
+        Raises:
+            BackendError: The ledger could not be written; it is not taken in.
+        """
+        self._journal.write(member.entry(member.state))
+        self.add(member)
+
     def add(self, member: Member) -> None:
-        """Take in a container, in whatever state it is."""
+        """Take in a container that is in the ledger, or has never been."""
         self.members[member.name] = member
         self.shelf_of(member).counts[member.state] += 1
 
     def move(self, member: Member, state: State) -> None:
-        """Bring a container into another state; see `Member.move`."""
+        """Bring a container into another state; see `Member.move`.
+
+        Raises:
+            BackendError: It was to be leased and the ledger could not be written; it stays where it is.
+        """
+        self._record(member, state)
         counts = self.shelf_of(member).counts
         before = member.state
         member.move(state)
@@ -67,9 +91,32 @@ class Stock:
 
     def drop(self, member: Member) -> None:
         """Forget a container that is gone."""
+        try:
+            self._journal.erase(member.name)
+        except BackendError as error:
+            self.note_error(str(error))  # the next service finds an entry without a container, and erases that
         self.shelf_of(member).counts[member.state] -= 1
         del self.members[member.name]
         self.changed.notify_all()
+
+    def rewrite(self, member: Member) -> None:
+        """Bring a container's entry up to date with its lease.
+
+        Raises:
+            BackendError: The ledger could not be written.
+        """
+        self._journal.write(member.entry(member.state))
+
+    def _record(self, member: Member, state: State) -> None:
+        """Write a move down before it is made, where a restart would go wrong without it."""
+        if state is State.LEASED:
+            self._journal.write(member.entry(state))
+        elif state is State.REAPING or (state is State.WARM and member.state is State.BUILDING):
+            # If this can't be written, the older entry stands, and leads the next service to remove the container.
+            try:
+                self._journal.write(member.entry(state))
+            except BackendError as error:
+                self.note_error(str(error))
 
     def note_error(self, text: str) -> None:
         """Take note of a failure."""

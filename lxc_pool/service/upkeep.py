@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.config import Config
-from lxc_pool.errors import LxcPoolError
+from lxc_pool.errors import BackendError, LxcPoolError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.images.store import Image
 from lxc_pool.model import State
@@ -107,17 +107,22 @@ class Upkeep:
                 return PrepareJob(shelf.profile.image)
         wanting = [shelf for shelf in shelves if shelf.wants_container(now)]
         for shelf in wanting:
-            if shelf.waiters:
-                return self._begin_creation(shelf, now)
+            if shelf.waiters and (creation := self._begin_creation(shelf, now)):
+                return creation
         if stock.to_reap:
             name, member = stock.to_reap.popitem(last=False)
             return DestroyJob(name, force=member.retries > 0)
         return self._begin_creation(wanting[0], now) if wanting else None
 
-    def _begin_creation(self, shelf: Shelf, now: float) -> CreateJob:
+    def _begin_creation(self, shelf: Shelf, now: float) -> CreateJob | None:
         assert shelf.image is not None, "a shelf without an image wants no container"
-        member = Member(self._new_name(), shelf.profile.name, now)
-        self._stock.add(member)
+        member = Member(self._new_name(), shelf.profile.name, shelf.image.ref, shelf.profile.recipe, now)
+        try:
+            self._stock.announce(member)
+        except BackendError as error:
+            self._stock.note_error(str(error))
+            self._back_off(shelf)
+            return None
         return CreateJob(Blueprint(member.name, shelf.profile, shelf.image, now + self._config.create_timeout))
 
     def _done(self, slot: Slot, job: Job, outcome: Outcome) -> None:

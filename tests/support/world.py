@@ -1,4 +1,4 @@
-"""A pool on the memory backend whose time and processes are the test's: no threads, no sleeps, nothing happens by itself."""
+"""A pool on the memory backend whose time and processes are the test's: no threads, no sleeps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 from lxc_pool.backend.memory import MemoryBackend
 from lxc_pool.config import Config, ProfileConfig
-from lxc_pool.errors import LxcPoolError
+from lxc_pool.errors import BackendError, LxcPoolError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, LeaseId, State
 from lxc_pool.service.lanes import Job, Outcome, perform
+from lxc_pool.service.ledger import Entry
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Timer, Watched
@@ -64,6 +65,24 @@ class FakeWatch:
 
     def next_time(self) -> float:
         return min((timer.when for timer in self.timers if not timer.cancelled), default=math.inf)
+
+
+class MemoryJournal:
+    """A ledger in memory, that fails when told to."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.broken = False
+
+    def write(self, entry: Entry) -> None:
+        if self.broken:
+            raise BackendError("the ledger can't be written: disk full")
+        self.entries[entry.name] = entry
+
+    def erase(self, name: str) -> None:
+        if self.broken:
+            raise BackendError("the ledger can't be written: disk full")
+        del self.entries[name]
 
 
 class HungError(Exception):
@@ -122,12 +141,14 @@ class World:
         )
         self.watch = FakeWatch()
         self.backend = MemoryBackend()
+        self.journal = MemoryJournal()
         self.lanes = [MemoryLane(self.backend, self.watch) for _ in range(workers)]
         numbers = itertools.count(1)
         self.pool = Pool(
             self.config,
             self.lanes,
             self.watch,
+            self.journal,
             new_name=lambda: f"c{next(numbers)}",
             wake=lambda: None,
             rng=random.Random(1),

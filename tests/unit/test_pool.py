@@ -507,14 +507,6 @@ def test_whoever_waits_for_warm_containers_is_told_once_they_are() -> None:
     assert all_of_them.reached
 
 
-def test_what_an_earlier_service_left_is_removed() -> None:
-    world = World(1)
-    world.backend.present.add("old")
-    world.pool.adopt_residue(["old"])
-    world.settle()
-    assert "old" not in world.backend.present
-
-
 def test_nothing_is_watched_any_more_once_the_pool_lets_go() -> None:
     world = warm_world(2)
     world.lease()

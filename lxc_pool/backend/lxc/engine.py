@@ -19,9 +19,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import lxc
-
-from lxc_pool.backend.lxc import container_config, removal
+from lxc_pool.backend.lxc import binding, container_config, removal
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
 from lxc_pool.host.processes import ProcessIdentity, has_executed, identify
@@ -30,7 +28,7 @@ from lxc_pool.images.store import Image, ImageStore
 log = logging.getLogger(__name__)
 
 _EXEC_PAUSE = 0.0005
-"""Seconds between two looks whether init has been executed. There is no event for it; it nearly always has (measured)."""
+"""Seconds between two looks whether init has been executed. There is no event for it; nearly always it has been."""
 
 _PROBE_PAUSE = 0.05
 """Seconds between two tries of a profile's probe. A guess: short beside the second that services take to come up."""
@@ -86,6 +84,10 @@ class LxcBackend:
         """See `Backend.destroy`."""
         removal.remove(name, self.lxcpath, force=force)
 
+    def newest(self, image_name: str) -> Image | None:
+        """See `Backend.newest`."""
+        return ImageStore(self._image_directory).newest(image_name)
+
     def names(self) -> tuple[str, ...]:
         """See `Backend.names`."""
         with contextlib.suppress(FileNotFoundError):
@@ -121,7 +123,7 @@ class LxcBackend:
     def _await_init(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
         """Return the container's init once it runs its own program: the cheapest sign that it really runs."""
         try:
-            pid = lxc.Container(blueprint.name, str(self.lxcpath)).init_pid
+            pid = binding.container(blueprint.name, self.lxcpath).init_pid
             init = identify(pid)
             while not has_executed(init):
                 if time.monotonic() > blueprint.deadline:

@@ -9,9 +9,9 @@ import contextlib
 import shutil
 from pathlib import Path
 
-import lxc
 import psutil
 
+from lxc_pool.backend.lxc import binding
 from lxc_pool.errors import DestroyFailed
 from lxc_pool.host import cgroups
 
@@ -25,8 +25,7 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
     if force:
         _kill_starters(name, lxcpath)
     elif (directory / "config").exists():
-        # A fresh object for each operation: liblxc's keep state and open log files.
-        lxc.Container(name, str(lxcpath)).stop()
+        binding.container(name, lxcpath).stop()
     problems = _remove_cgroups(name)
     try:
         shutil.rmtree(directory)

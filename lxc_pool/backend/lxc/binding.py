@@ -1,0 +1,16 @@
+"""The only place that loads the `lxc` binding: when it is called, which workers alone do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lxc
+
+
+def container(name: str, lxcpath: Path) -> lxc.Container:
+    """Return liblxc's object for a container; a fresh one for each operation: they keep state and open log files."""
+    import lxc  # noqa: PLC0415  # it loads liblxc, which the service must not call: it holds the GIL
+
+    return lxc.Container(name, str(lxcpath))

@@ -1,0 +1,109 @@
+"""What the ledger keeps, and what it does when it can't."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from lxc_pool.errors import BackendError
+from lxc_pool.host.processes import ProcessIdentity
+from lxc_pool.model import ContainerId, State
+from lxc_pool.service import ledger
+from lxc_pool.service.ledger import Entry, LeaseEntry, Ledger
+
+
+def entry(name: str = "c1", state: State = State.WARM, lease: LeaseEntry | None = None) -> Entry:
+    return Entry(name, "default", state, 12.5, "busybox:1", "recipe", ProcessIdentity("boot", 5, 6), lease, None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+def test_what_was_written_is_there_after_a_restart(path: Path) -> None:
+    lease = LeaseEntry("r1", ContainerId("job", 1, 2), 1000, ProcessIdentity("boot", 7, 8), 99.5)
+    first = Ledger(path)
+    assert first.open() == ()
+    first.write(entry("c1"))
+    first.write(entry("c2", State.LEASED, lease))
+    first.write(entry("c1", State.REAPING))
+    first.write(entry("c3"))
+    first.erase("c3")
+    # No close: the service was killed.
+    second = Ledger(path)
+    assert second.open() == (entry("c1", State.REAPING), entry("c2", State.LEASED, lease))
+    assert second.notice is None
+    first.close()
+    second.close()
+
+
+def test_it_is_read_beside_a_service_that_writes(path: Path) -> None:
+    assert ledger.read(path) == ()
+    book = Ledger(path)
+    book.open()
+    book.write(entry())
+    assert ledger.read(path) == (entry(),)
+    book.write(entry("c2"))
+    assert len(ledger.read(path)) == 2
+    book.close()
+
+
+@pytest.mark.parametrize("content", [b"x" * 5000, b"SQLite format 3\0" + b"\xff" * 8000], ids=["rubbish", "header"])
+def test_a_corrupt_one_is_set_aside_and_said_so(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    book = Ledger(path)
+    assert book.open() == ()
+    assert book.notice is not None
+    assert "corrupt" in book.notice
+    (aside,) = path.parent.glob("ledger.db.corrupt-*")
+    assert aside.read_bytes() == content
+    book.write(entry())
+    book.close()
+
+
+def test_an_entry_that_can_not_be_decoded_makes_it_a_corrupt_one(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    book.close()
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("INSERT INTO container VALUES ('c1', x'c1')")
+    database.close()
+    with pytest.raises(BackendError, match="can't be read"):
+        ledger.read(path)
+    again = Ledger(path)
+    assert again.open() == ()
+    assert again.notice is not None
+    again.close()
+
+
+def test_one_of_a_later_version_is_left_alone(path: Path) -> None:
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(BackendError, match="version 99"):
+        Ledger(path).open()
+    assert not list(path.parent.glob("*.corrupt-*"))
+
+
+def test_one_that_can_not_be_made_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="missing/ledger"):
+        Ledger(tmp_path / "missing" / "ledger.db").open()
+
+
+def test_a_write_that_fails_says_so_and_leaves_the_old_entry(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    book.write(entry())
+    assert book._database is not None
+    book._database.execute("PRAGMA query_only = ON")
+    with pytest.raises(BackendError, match="can't be written"):
+        book.write(entry(state=State.REAPING))
+    with pytest.raises(BackendError, match="can't be written"):
+        book.erase("c1")
+    assert ledger.read(path) == (entry(),)
+    book.close()
+    with pytest.raises(BackendError, match="closed"):
+        book.write(entry())
