@@ -23,6 +23,9 @@ MAX_DESCRIPTORS = 4
 _UCRED = struct.Struct("3i")
 """pid, uid, gid. Source: unix(7), SO_PEERCRED."""
 
+_LONGEST_WAIT = 1e6
+"""Seconds of one wait at most: a socket's timeout is kept in 32 bits of milliseconds. Source: CPython, socketmodule.c."""
+
 _HEADER = struct.Struct("!i")
 _CHUNK = 16 * 1024
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
@@ -167,4 +170,4 @@ class Channel:
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the deadline has passed")
-        self._socket.settimeout(remaining)
+        self._socket.settimeout(min(remaining, _LONGEST_WAIT))

@@ -17,6 +17,9 @@ from lxc_pool.wire.channel import ProtocolError
 PROTOCOL: Final = 1
 """Version of these messages; client and service have to agree on it."""
 
+_MAX_WORDS: Final = 10_000
+"""Characters of an error's message that are sent. A guess: more than anybody reads."""
+
 
 class Call(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True, tag=True):
     """Base of all calls."""
@@ -199,8 +202,15 @@ _result_decoders: dict[type[Call], msgspec.msgpack.Decoder[Any]] = {}
 
 
 def encode_call(call: Call) -> bytes:
-    """Encode *call* for the service."""
-    return _encoder.encode(call)
+    """Encode *call* for the service.
+
+    Raises:
+        ValueError: It holds a number of more than 64 bits, or a string that is no Unicode.
+    """
+    try:
+        return _encoder.encode(call)
+    except OverflowError as error:
+        raise ValueError(f"a number is too large, more than 64 bits, in {str(call)[:200]}") from error
 
 
 def decode_call(body: bytes) -> AnyCall:
@@ -223,9 +233,11 @@ def encode_result(value: object) -> bytes:
 def encode_failure(error: BaseException) -> bytes:
     """Encode a call's failure; an error that is not declared becomes an InternalError."""
     kind = type(error).__name__
+    # A message may quote what was wrong: a file name that is no Unicode, or a caller's argument of any length.
+    text = str(error)[:_MAX_WORDS].encode(errors="backslashreplace").decode()
     if kind in _ERRORS and type(error) is _ERRORS[kind]:
-        return _encoder.encode(Failure(kind, str(error)))
-    return _encoder.encode(Failure("InternalError", f"{kind}: {error}; please report it, with the service's log"))
+        return _encoder.encode(Failure(kind, text))
+    return _encoder.encode(Failure("InternalError", f"{kind}: {text}; please report it, with the service's log"))
 
 
 def decode_reply(call: Call, body: bytes) -> Any:

@@ -30,7 +30,7 @@ def open_descriptors() -> set[str]:
 
 
 def in_child(action: Callable[[], Any], uid: int | None = None) -> Any:
-    """Call *action* in a forked child, as *uid* unless None; return what it returned, or the (type, words) it raised."""
+    """Call *action* in a forked child, as *uid* unless None; return its result, or the (type, words) it raised."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
