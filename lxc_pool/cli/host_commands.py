@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from lxc_pool import config
+from lxc_pool.cli.options import add_state_dir
 from lxc_pool.cli.output import Progress, print_json, print_table
 from lxc_pool.errors import ConfigError
 
@@ -21,7 +22,7 @@ from lxc_pool.errors import ConfigError
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
     """Add the commands to the parser."""
     parser = commands.add_parser("check", parents=[common], help="name each thing that this host lacks, with the fix")
-    _add_state_dir(parser)
+    add_state_dir(parser)
     parser.set_defaults(function=_check)
     parser = commands.add_parser("serve", parents=[common], help="run the service in the foreground")
     parser.add_argument(
@@ -31,28 +32,18 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
         "--size", type=int, metavar="N", help="warm containers to keep (default: the configuration's, or 5)"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    _add_state_dir(parser)
+    add_state_dir(parser)
     parser.set_defaults(function=_serve)
     images = commands.add_parser("image", help="list and build base images").add_subparsers(
         dest="image_command", metavar="COMMAND", required=True
     )
     parser = images.add_parser("ls", parents=[common], help="list every version of every image")
-    _add_state_dir(parser)
+    add_state_dir(parser)
     parser.set_defaults(function=_image_ls)
     parser = images.add_parser("build", parents=[common], help="build a new version of an image")
     parser.add_argument("name", metavar="NAME", help="which: busybox")
-    _add_state_dir(parser)
+    add_state_dir(parser)
     parser.set_defaults(function=_image_build)
-
-
-def _add_state_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--state-dir",
-        type=Path,
-        default=config.DEFAULT_STATE_DIR,
-        metavar="DIR",
-        help=f"where containers and images are (default: {config.DEFAULT_STATE_DIR})",
-    )
 
 
 def _check(arguments: argparse.Namespace) -> int:

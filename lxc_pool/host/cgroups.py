@@ -115,13 +115,17 @@ def container_cgroups(
         OSError: /proc can't be read.
     """
     pattern = re.compile(rf"lxc\.(payload|monitor)\.{re.escape(name)}(-\d+)?")
-    found: dict[Path, None] = {}
-    for base in _bases(hierarchies() if trees is None else trees, memberships):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(base) as entries:
-            for entry in entries:
-                if pattern.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                    found[base / entry.name] = None
-    return tuple(found)
+    return tuple(path for path, _match in _matching(pattern, trees, memberships))
+
+
+def cgroups_by_container(prefix: str) -> tuple[tuple[str, Path], ...]:
+    """Return every cgroup directory that liblxc has made for containers whose names begin so, with the name.
+
+    Raises:
+        OSError: /proc can't be read.
+    """
+    pattern = re.compile(rf"lxc\.(?:payload|monitor)\.({re.escape(prefix)}.*)")
+    return tuple((match[1], path) for path, match in _matching(pattern, None, None))
 
 
 def pids(path: Path) -> tuple[int, ...]:
@@ -178,6 +182,21 @@ def remove(*paths: Path, timeout: float = 1.0) -> None:
     failures = [failure for path in paths if (failure := _remove(path, deadline))]
     if failures:
         raise DestroyFailed(f"can't remove {'; '.join(failures)}")
+
+
+def _matching(
+    pattern: re.Pattern[str], trees: Sequence[Hierarchy] | None, memberships: Sequence[str] | None
+) -> Iterator[tuple[Path, re.Match[str]]]:
+    """Go through the directories whose whole name *pattern* matches, where liblxc may have made them."""
+    seen: set[Path] = set()
+    for base in _bases(hierarchies() if trees is None else trees, memberships):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(base) as entries:
+            for entry in entries:
+                match = pattern.fullmatch(entry.name)
+                path = base / entry.name
+                if match and path not in seen and entry.is_dir(follow_symlinks=False):
+                    seen.add(path)
+                    yield path, match
 
 
 def _controllers(options: str) -> tuple[str, ...]:

@@ -102,8 +102,8 @@ def kill_tree(pid: int, *, timeout: float = 5.0) -> list[int]:
 def die_at_end_of(descriptor: int) -> None:
     """Let the kernel kill this process once the other end of a pipe is closed, by whatever; whatever it does then.
 
-    A thread that waits for that would not do: liblxc's calls hold the GIL. PR_SET_PDEATHSIG would not either: a worker's
-    parent is the fork server, which lives for as long as any worker does. Source: fcntl(2), F_SETSIG.
+    A thread that waits for that would not do: liblxc's calls hold the GIL. PR_SET_PDEATHSIG would not either: a
+    worker's parent is the fork server, which lives for as long as any worker does. Source: fcntl(2), F_SETSIG.
     """
     fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGKILL)

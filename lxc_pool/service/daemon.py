@@ -26,6 +26,7 @@ from lxc_pool.execution.launcher import Launcher
 from lxc_pool.model import State
 from lxc_pool.service import directories
 from lxc_pool.service.access import service_group
+from lxc_pool.service.directories import name_prefix
 from lxc_pool.service.dispatcher import Dispatcher
 from lxc_pool.service.lanes import ProcessLane, stop_fork_server
 from lxc_pool.service.ledger import Ledger
@@ -94,7 +95,7 @@ def serve(
         entries = ledger.open()
         pool = Pool(config, lanes, watchdog, ledger, new_name=_names(instance).__next__, wake=dispatcher.wake)
         stack.callback(pool.let_go)
-        present = [name for name in backend.names() if name.startswith(_prefix(instance))]
+        present = [name for name in backend.names() if name.startswith(name_prefix(instance))]
         pool.restore(judge(entries, present, config, backend.newest, watchdog.now()))
         dispatcher.open()
         stack.callback(dispatcher.close)
@@ -182,12 +183,7 @@ def _signals(ending: Ending, server: PoolServer) -> Iterator[None]:
 def _names(instance: str) -> Iterator[str]:
     """Make names that no container has had: this instance's, with a random word for this run and a number."""
     run = secrets.token_hex(2)
-    return (f"{_prefix(instance)}{run}-{number}" for number in itertools.count(1))
-
-
-def _prefix(instance: str) -> str:
-    """Return what all names of this instance, and no others, begin with."""
-    return f"lxp-{instance}-"
+    return (f"{name_prefix(instance)}{run}-{number}" for number in itertools.count(1))
 
 
 def _raise_descriptor_limit() -> None:

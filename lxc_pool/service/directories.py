@@ -64,17 +64,36 @@ def state_dir(path: Path) -> Iterator[str]:
     with _locked(path / "service.lock", f"state dir {path}"):
         for part in ("containers", "images"):
             _make(path / part, 0o755, None)
-        yield _instance(path / "instance")
+        yield _instance(path)
 
 
-def _instance(path: Path) -> str:
-    with contextlib.suppress(FileNotFoundError):
+def read_instance(state_dir: Path) -> str | None:
+    """Return the instance id of a state dir; None if no service has ever used it.
+
+    Raises:
+        HostDirError: The file does not hold one.
+    """
+    path = state_dir / "instance"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         text = path.read_text(encoding="ascii", errors="replace").strip()
         if len(text) != 2 * _INSTANCE_BYTES or set(text) - set("0123456789abcdef"):
             raise HostDirError(
                 f"{path} does not hold an instance id but {text[:40]!r}; restore it, or use a new state dir"
             )
         return text
+    return None
+
+
+def name_prefix(instance: str) -> str:
+    """Return what the names of this instance's containers, and no others, begin with."""
+    return f"lxp-{instance}-"
+
+
+def _instance(state_dir: Path) -> str:
+    text = read_instance(state_dir)
+    if text is not None:
+        return text
+    path = state_dir / "instance"
     text = secrets.token_hex(_INSTANCE_BYTES)
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n", encoding="ascii")

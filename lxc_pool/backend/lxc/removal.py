@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -14,9 +15,7 @@ import psutil
 from lxc_pool.backend.lxc import binding
 from lxc_pool.errors import DestroyFailed
 from lxc_pool.host import cgroups
-
-_LOCKS = Path("/run/lxc/lock")
-"""Where liblxc keeps a lock file for each container, which it never removes (measured)."""
+from lxc_pool.host.residue import LOCKS
 
 
 def remove(name: str, lxcpath: Path, *, force: bool) -> None:
@@ -34,9 +33,20 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
     except OSError as error:
         problems.append(f"{error.filename}: {error.strerror}")
     with contextlib.suppress(FileNotFoundError):
-        (_LOCKS / str(lxcpath).lstrip("/") / f".{name}").unlink()
+        (LOCKS / str(lxcpath).lstrip("/") / f".{name}").unlink()
     if problems:
         raise DestroyFailed(f"{name} is not quite gone: {'; '.join(problems)[:1000]}")
+
+
+def unmount(path: Path) -> None:
+    """Take a mount off, at once or as soon as nobody uses it any more.
+
+    Raises:
+        DestroyFailed: It can't be.
+    """
+    done = subprocess.run(["umount", "--lazy", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DestroyFailed(f"can't unmount {path}: {done.stderr.strip()}")
 
 
 def _kill_starters(name: str, lxcpath: Path) -> None:

@@ -1,0 +1,173 @@
+"""Everything on this host that bears the mark of one service: its containers' traces, whoever made them.
+
+Names carry the state dir's instance id, so that nothing of another service, or of anybody else, is ever found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from lxc_pool.host import cgroups
+from lxc_pool.host.processes import ProcessIdentity, identify
+
+Kind = Literal["container", "process", "cgroup", "mount", "directory", "netdev", "lock", "socket"]
+
+LOCKS = Path("/run/lxc/lock")
+"""Where liblxc keeps a lock file for each container, which it never removes (measured)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trace:
+    """One thing that is there.
+
+    Attributes:
+        kind: What it is.
+        name: The container that it belongs to, or the socket's path.
+        detail: Where or what it is, for people.
+        age: Seconds since it came to be, as far as can be told.
+        process: For a process.
+        path: For all else but a network device.
+    """
+
+    kind: Kind
+    name: str
+    detail: str
+    age: float
+    process: ProcessIdentity | None = None
+    path: Path | None = None
+
+
+def traces(prefix: str, lxcpath: Path, host_dir: Path) -> tuple[Trace, ...]:
+    """Look at the host.
+
+    Args:
+        prefix: What all names of the service's containers begin with.
+        lxcpath: The directory of its containers.
+        host_dir: Where its socket is.
+    """
+    return (
+        *_processes(prefix, lxcpath),
+        *_mounts(prefix, lxcpath),
+        *_cgroups(prefix),
+        *_directories(lxcpath),
+        *_netdevs(prefix),
+        *_locks(prefix, lxcpath),
+        *_sockets(host_dir),
+    )
+
+
+def is_there(trace: Trace) -> bool:
+    """Look again whether a trace is still there."""
+    if trace.process is not None:
+        try:
+            return identify(trace.process.pid) == trace.process
+        except ProcessLookupError:
+            return False
+    if trace.kind == "mount":
+        return any(str(trace.path) == mount for mount in _mount_points())
+    return trace.path is not None and os.path.lexists(trace.path)
+
+
+def _processes(prefix: str, lxcpath: Path) -> Iterator[Trace]:
+    seen: set[int] = set()
+    for name, path in cgroups.cgroups_by_container(prefix):
+        for pid in cgroups.pids(path):
+            if pid not in seen and (trace := _process(pid, name)):
+                seen.add(pid)
+                yield trace
+    # A start that was cut short is in no cgroup yet.
+    pattern = re.compile(rf"(?:lxc-start|\[lxc monitor\]) .*{re.escape(str(lxcpath))} .*?({re.escape(prefix)}\S+)")
+    for process in psutil.process_iter(["cmdline"]):
+        match = pattern.search(" ".join(process.info["cmdline"] or ()))
+        if match and process.pid not in seen and (trace := _process(process.pid, match[1])):
+            yield trace
+
+
+def _process(pid: int, name: str) -> Trace | None:
+    try:
+        process = psutil.Process(pid)
+        words = " ".join(process.cmdline()) or process.name()
+        age = max(0.0, time.time() - process.create_time())
+        return Trace("process", name, f"{pid} {words[:80].strip()}", age, process=identify(pid))
+    except (psutil.Error, ProcessLookupError):
+        return None
+
+
+def _mounts(prefix: str, lxcpath: Path) -> Iterator[Trace]:
+    for mount in reversed(_mount_points()):  # what was mounted last comes off first
+        path = Path(mount)
+        if path.is_relative_to(lxcpath) and path != lxcpath:
+            name = path.relative_to(lxcpath).parts[0]
+            if name.startswith(prefix):
+                yield Trace("mount", name, mount, _age(path), path=path)
+
+
+def _mount_points() -> list[str]:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        fields = [line.split(" ")[4] for line in file]
+    return [re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field) for field in fields]
+
+
+def _cgroups(prefix: str) -> Iterator[Trace]:
+    for name, path in cgroups.cgroups_by_container(prefix):
+        yield Trace("cgroup", name, str(path), _age(path), path=path)
+
+
+def _directories(lxcpath: Path) -> Iterator[Trace]:
+    try:
+        names = sorted(os.listdir(lxcpath))
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = lxcpath / name
+        kind: Kind = "container" if (path / "config").exists() else "directory"
+        yield Trace(kind, name, str(path), _age(path), path=path)
+
+
+def _netdevs(prefix: str) -> Iterator[Trace]:
+    for name in sorted(os.listdir("/sys/class/net")):
+        if name.startswith(prefix):
+            yield Trace("netdev", name, name, _age(Path("/sys/class/net") / name), path=Path("/sys/class/net") / name)
+
+
+def _locks(prefix: str, lxcpath: Path) -> Iterator[Trace]:
+    directory = LOCKS / str(lxcpath).lstrip("/")
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return
+    for file in names:
+        if file.startswith(f".{prefix}"):
+            yield Trace("lock", file[1:], str(directory / file), _age(directory / file), path=directory / file)
+
+
+def _sockets(host_dir: Path) -> Iterator[Trace]:
+    """Find a socket that nobody listens on any more."""
+    path = host_dir / "pool.sock"
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(1.0)
+            sock.connect(str(path))
+    except ConnectionRefusedError:
+        yield Trace("socket", str(path), "nobody listens on it", _age(path), path=path)
+    except OSError:
+        return
+
+
+def _age(path: Path) -> float:
+    try:
+        return max(0.0, time.time() - os.lstat(path).st_ctime)
+    except OSError:
+        return 0.0

@@ -1,0 +1,184 @@
+"""Find what nothing owns, and remove just that; whether or not the service runs.
+
+The host is read first and the ledger after: what a running service makes is in the ledger before it is on the host.
+What it removes leaves the ledger last, so a trace that the ledger does not know is looked at once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lxc_pool.backend.lxc import removal
+from lxc_pool.errors import HostDirError, LxcPoolError
+from lxc_pool.host import residue
+from lxc_pool.host.processes import ProcessIdentity, identify
+from lxc_pool.host.residue import Trace
+from lxc_pool.model import State
+from lxc_pool.service import ledger
+from lxc_pool.service.directories import name_prefix, read_instance
+from lxc_pool.service.ledger import Entry
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """What an audit found.
+
+    Attributes:
+        findings: Every trace that is unaccounted for, in the order in which they are to be removed.
+        running: The pid of the running service; None: none runs.
+    """
+
+    findings: tuple[Trace, ...]
+    running: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Removal:
+    """What became of one finding; *problem* is None if it is gone."""
+
+    finding: Trace
+    problem: str | None
+
+
+def audit(state_dir: Path, host_dir: Path, *, everything: bool = False) -> Report:
+    """Look at the host.
+
+    Args:
+        state_dir: The service's.
+        host_dir: The service's.
+        everything: Count live leases as residue too, for an uninstallation.
+
+    Raises:
+        BackendError: The ledger can't be read: what is owned is not known.
+        HostDirError: The state dir has no proper instance id.
+    """
+    instance = read_instance(state_dir)
+    if instance is None:
+        return Report((), None)
+    lxcpath = state_dir / "containers"
+    found = residue.traces(name_prefix(instance), lxcpath, host_dir)
+    running = _running_service(state_dir)
+    owned = set() if everything else _owned(ledger.read(state_dir / "ledger.db"), running=running is not None)
+    findings = [trace for trace in found if trace.name not in owned and residue.is_there(trace)]
+    return Report(tuple(findings), running)
+
+
+def only_older(report: Report, seconds: float) -> Report:
+    """Leave out what belongs to a container any trace of which is younger than *seconds*."""
+    young = {trace.name for trace in report.findings if trace.age < seconds}
+    return dataclasses.replace(report, findings=tuple(trace for trace in report.findings if trace.name not in young))
+
+
+def refuse_if_running(state_dir: Path) -> None:
+    """Refuse to go on beside a running service.
+
+    Raises:
+        HostDirError: One runs; the message names its pid.
+    """
+    running = _running_service(state_dir)
+    if running is not None:
+        raise HostDirError(f"the service with pid {running} runs on {state_dir}: `lxc-pool stop` it first")
+
+
+def clean(
+    report: Report, state_dir: Path, *, report_to: Callable[[Removal], None] = lambda _removal: None
+) -> tuple[Removal, ...]:
+    """Remove what an audit found; go on past failures; return what became of each finding.
+
+    Args:
+        report: The audit's.
+        state_dir: The service's.
+        report_to: Called as things go.
+    """
+    lxcpath = state_dir / "containers"
+    failed: dict[str, str] = {}
+    containers = {trace.name: None for trace in report.findings if trace.kind not in ("socket", "netdev")}
+    for trace in report.findings:
+        if trace.kind == "mount" and trace.path is not None:
+            with contextlib.suppress(LxcPoolError):
+                removal.unmount(trace.path)
+    for name in containers:
+        try:
+            removal.remove(name, lxcpath, force=True)
+        except LxcPoolError as error:
+            failed[name] = str(error)
+    removals = []
+    for trace in report.findings:
+        if trace.kind == "socket" and trace.path is not None:
+            with contextlib.suppress(OSError):
+                trace.path.unlink()
+        problem = (failed.get(trace.name) or "it is still there") if residue.is_there(trace) else None
+        removals.append(Removal(trace, problem))
+        report_to(removals[-1])
+    return tuple(removals)
+
+
+def uninstall(state_dir: Path, host_dir: Path) -> tuple[str, ...]:
+    """Remove the two directories themselves, once all containers are gone; return what could not be removed.
+
+    Raises:
+        HostDirError: A service runs on them.
+    """
+    refuse_if_running(state_dir)
+    problems: list[str] = []
+
+    def note(_function: object, path: str, info: tuple[type[BaseException], BaseException, object]) -> None:
+        if not isinstance(info[1], FileNotFoundError):
+            problems.append(f"{path}: {info[1]}")
+
+    lock_dir = residue.LOCKS / str(state_dir / "containers").lstrip("/")
+    for path in (state_dir, lock_dir):
+        shutil.rmtree(path, onerror=note)
+    for name in ("pool.sock", "authkey", "service.lock"):
+        with contextlib.suppress(FileNotFoundError):
+            (host_dir / name).unlink()
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            host_dir.rmdir()
+        except OSError as error:
+            problems.append(f"{host_dir}: {error.strerror}")
+    return tuple(problems)
+
+
+def _owned(entries: Iterable[Entry], *, running: bool) -> set[str]:
+    """Return the names that are accounted for: all that a running service knows, else live leases."""
+    if running:
+        return {entry.name for entry in entries}
+    return {entry.name for entry in entries if _is_live_lease(entry)}
+
+
+def _is_live_lease(entry: Entry) -> bool:
+    if entry.state is not State.LEASED or entry.lease is None or not _alive(entry.init):
+        return False
+    if entry.lease.expires is not None and entry.lease.expires <= time.monotonic():
+        return False
+    return entry.lease.owner is None or _alive(entry.lease.owner)
+
+
+def _alive(identity: ProcessIdentity | None) -> bool:
+    if identity is None:
+        return False
+    try:
+        return identify(identity.pid) == identity
+    except ProcessLookupError:
+        return False
+
+
+def _running_service(state_dir: Path) -> int | None:
+    """Return the pid of the service that holds the state dir's lock."""
+    try:
+        with open(state_dir / "service.lock", encoding="ascii", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read().strip()
+                return int(text) if text.isdecimal() else 0
+    except FileNotFoundError:
+        pass
+    return None
