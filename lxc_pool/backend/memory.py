@@ -92,6 +92,10 @@ class MemoryBackend:
         """See `Backend.newest`."""
         return _IMAGE if image_name == _IMAGE.name else None
 
+    def log_tail(self, name: str) -> str:
+        """See `Backend.log_tail`."""
+        return f"{name} in memory"
+
     def names(self) -> tuple[str, ...]:
         """See `Backend.names`."""
         return tuple(sorted(self.present))

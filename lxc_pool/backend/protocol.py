@@ -65,5 +65,8 @@ class Backend(Protocol):
             ImageError: No image can have that name.
         """
 
+    def log_tail(self, name: str) -> str:
+        """Return the last of what the engine logged about a container, empty if nothing; as `newest`."""
+
     def names(self) -> tuple[str, ...]:
         """Return the names of all containers, whole or not, that are there of this pool; as `newest`."""

@@ -99,6 +99,34 @@ def kill_tree(pid: int, *, timeout: float = 5.0) -> list[int]:
     return [process.pid for process in alive]
 
 
+def describe_tree(pid: int) -> str:
+    """Say what a process and its descendants are doing in the kernel, for the log: what a hang hangs on.
+
+    Source: proc_pid_stack(5), proc_pid_wchan(5), proc_pid_status(5).
+    """
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return f"process {pid} has ended"
+    return "; ".join(_describe(process.pid) for process in tree)
+
+
+def _describe(pid: int) -> str:
+    words = []
+    for name in ("cmdline", "wchan", "stack"):
+        try:
+            text = Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            text = f"({error.strerror})"
+        words.append(f"{name} {' '.join(text.replace(chr(0), ' ').split())[:400] or '-'}")
+    try:
+        words.append(f"state {_stat(pid)[0]}")
+    except ProcessLookupError:
+        words.append("ended meanwhile")
+    return f"process {pid}: {', '.join(words)}"
+
+
 def die_at_end_of(descriptor: int) -> None:
     """Let the kernel kill this process once the other end of a pipe is closed, by whatever; whatever it does then.
 

@@ -20,6 +20,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +28,7 @@ from typing import Protocol
 
 from lxc_pool.backend.protocol import Backend, Blueprint
 from lxc_pool.errors import BackendError, InternalError, LxcPoolError
-from lxc_pool.host.processes import ProcessIdentity, die_at_end_of, kill_tree
+from lxc_pool.host.processes import ProcessIdentity, describe_tree, die_at_end_of, kill_tree
 from lxc_pool.images.store import Image
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ class Lane(Protocol):
     def start(self, job: Job, done: Callable[[Outcome], None]) -> None:
         """Begin *job*; call *done* once, from any thread, when it has ended."""
 
+    def diagnose(self, job: Job) -> str:
+        """Say what the worker hangs on, for the log."""
+
     def replace(self) -> None:
         """Kill the worker, whatever it does, and have a new one. The job's *done* may or may not be called."""
 
@@ -81,10 +85,12 @@ class Lane(Protocol):
 
 
 class ProcessLane:
-    """A `Lane` with a worker process."""
+    """A `Lane` with a worker process. `_lock` guards which executor it has, so that none is made once it is closed."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._lock = threading.Lock()
+        self._closed = False
         self._executor: ProcessPoolExecutor | None = None
         self._pid: Future[int] | None = None
         self._job: Future[Outcome] | None = None
@@ -107,25 +113,43 @@ class ProcessLane:
             return
         future.add_done_callback(functools.partial(_report, done))
 
+    def diagnose(self, job: Job) -> str:
+        """See `Lane.diagnose`."""
+        pid = self._pid
+        known = pid is not None and pid.done() and not pid.cancelled() and pid.exception() is None
+        words = describe_tree(pid.result()) if pid is not None and known else "its worker has not come up"
+        match job:
+            case CreateJob(blueprint):
+                return f"{words}; engine's log: {self._backend.log_tail(blueprint.name) or '-'}"
+            case DestroyJob(name):
+                return f"{words}; engine's log: {self._backend.log_tail(name) or '-'}"
+            case PrepareJob():
+                return words
+
     def replace(self) -> None:
-        """See `Lane.replace`."""
-        self._kill()
-        self.open()
+        """See `Lane.replace`; does nothing once the lane is closed."""
+        with self._lock:
+            if self._closed or self._executor is None:
+                return
+            self._kill(self._executor)
+            self.open()
 
     def close(self) -> None:
-        """End the worker: in order if it is idle, else by force."""
-        if self._job is not None and not self._job.done():
-            self._kill()
-        elif self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-        self._executor = None
-
-    def _kill(self) -> None:
-        if self._executor is None:
+        """End the worker: in order if it is idle, else by force. The lane can't be opened again."""
+        with self._lock:
+            self._closed = True
+            executor, self._executor = self._executor, None
+        if executor is None:
             return
-        if self._pid is not None and self._pid.done() and self._pid.exception() is None:
-            kill_tree(self._pid.result(), timeout=0)
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._job is not None and not self._job.done():
+            self._kill(executor)  # whoever is told now that the lane broke must not open it again
+        else:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _kill(self, executor: ProcessPoolExecutor) -> None:
+        if self._pid is not None:
+            self._pid.add_done_callback(_kill_worker)  # at once, or as soon as it is known
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def stop_fork_server() -> None:
@@ -133,6 +157,11 @@ def stop_fork_server() -> None:
     # Nothing public ends these two; both functions are in Python 3.11 to 3.14, and the next lane starts them anew.
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # noqa: SLF001  # see above
     multiprocessing.resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # noqa: SLF001  # see above
+
+
+def _kill_worker(pid: Future[int]) -> None:
+    if not pid.cancelled() and pid.exception() is None:
+        kill_tree(pid.result(), timeout=0)
 
 
 def _report(done: Callable[[Outcome], None], future: Future[Outcome]) -> None:

@@ -120,7 +120,7 @@ class PoolServer(managers.Server):
             try:
                 os.eventfd_read(self._end)
             except InterruptedError:
-                continue  # a signal's handler ran; unlike other calls, Python (3.11 to 3.14) does not take this one up again
+                continue  # a signal's handler ran; unlike other calls, Python (3.11-3.14) does not retry this one
             return
 
     def close(self) -> None:

@@ -156,7 +156,7 @@ class Upkeep:
         with self._stock.lock:
             if slot.job is not job:
                 return
-        log.warning("a lane hangs in %s; it is killed and replaced", _describe(job))
+        log.warning("a lane hangs in %s; it is killed and replaced; %s", _describe(job), slot.lane.diagnose(job))
         slot.lane.replace()
         self._done(slot, job, JobTimeout(f"{_describe(job)} took longer than allowed and was killed"))
 

@@ -117,6 +117,9 @@ class MemoryLane:
         report = functools.partial(self._report, self._generation, done, outcome)
         self._watch.call_at(self._watch.now() + self._slept, report)
 
+    def diagnose(self, job: Job) -> str:
+        return f"{job} hangs"
+
     def replace(self) -> None:
         self._generation += 1
         self.replaced += 1

@@ -88,6 +88,10 @@ class LxcBackend:
         """See `Backend.newest`."""
         return ImageStore(self._image_directory).newest(image_name)
 
+    def log_tail(self, name: str) -> str:
+        """See `Backend.log_tail`."""
+        return words(self.lxcpath / name, "")
+
     def names(self) -> tuple[str, ...]:
         """See `Backend.names`."""
         with contextlib.suppress(FileNotFoundError):
