@@ -151,7 +151,8 @@ def test_install_that_failed_is_taken_again(project: Path) -> None:
 @pytest.fixture
 def waiting_script(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A script in the middle of a step, which has said so."""
-    script = prelude(tmp_path) + "on_signal\nstep bash -c 'sleep 60 & echo $!; wait'\n"
+    # Not a bash's `wait`: a signal that comes just before it is lost.
+    script = prelude(tmp_path) + """on_signal\nstep sh -c 'sh -c "echo \\$\\$; exec sleep 60"; :'\n"""
     with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()
