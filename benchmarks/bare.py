@@ -86,12 +86,16 @@ class BareLoop:
     def block(self, settle: float, seconds: float) -> float:
         """Let all work at once for *seconds*, after *settle* seconds that do not count; return the cycles a second."""
         for _worker, connection in self._workers:
-            connection.send(Order(settle, seconds))
+            with contextlib.suppress(BrokenPipeError):  # it has died: the next read says so
+                connection.send(Order(settle, seconds))
         rate = 0.0
         for _worker, connection in self._workers:
             if not connection.poll(settle + seconds + STEP_TIMEOUT):
                 raise LabError("a worker of the bare loop hangs")
-            work: Work = connection.recv()
+            try:
+                work: Work = connection.recv()
+            except (EOFError, ConnectionError) as error:
+                raise LabError("a worker of the bare loop has died; its error is above") from error
             if work.error is not None:
                 raise LabError(f"the bare loop failed: {work.error}")
             self._creations += work.creations
