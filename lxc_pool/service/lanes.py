@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import multiprocessing
 import multiprocessing.forkserver
@@ -154,6 +155,7 @@ class ProcessLane:
 
 def stop_fork_server() -> None:
     """End the process that workers are forked from, once all lanes are closed; it would end a little after us."""
+    gc.collect()  # replaced executors are in cycles; their semaphores have to go before the tracker that counts them
     # Nothing public ends these two; both functions are in Python 3.11 to 3.14, and the next lane starts them anew.
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # noqa: SLF001  # see above
     multiprocessing.resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # noqa: SLF001  # see above

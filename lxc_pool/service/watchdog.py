@@ -27,6 +27,9 @@ from lxc_pool.host.processes import ProcessIdentity, open_pidfd
 
 log = logging.getLogger(__name__)
 
+_LONGEST_WAIT = 86400.0
+"""Seconds of one wait at most; after that it looks again. epoll_wait(2) counts milliseconds in 32 bits."""
+
 
 @dataclasses.dataclass(slots=True)
 class Timer:
@@ -170,7 +173,7 @@ class Watchdog:
             self._next_wake = self._timers[0][0] if self._timers else float("inf")
             if not self._timers:
                 return None
-            return max(0.0, self._next_wake - time.monotonic())
+            return min(_LONGEST_WAIT, max(0.0, self._next_wake - time.monotonic()))
 
     def _due(self) -> list[Timer]:
         now = time.monotonic()
