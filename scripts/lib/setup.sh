@@ -27,18 +27,15 @@ retry() {
     return 1
 }
 
-# Run a command so that a signal to this script ends it too, at once and with all of its children: it is a process
-# group of its own, which `interrupted` knows. Its standard input is empty.
-step_group=
+# Run a command so that a signal to this script ends it too, at once and with all of its children: it is a job, hence a
+# process group, of its own, which `interrupted` finds. Its standard input is empty.
 step_ends=yes
 step() {
     local status=0
     set -m
     "$@" </dev/null &
-    step_group=$!
     set +m
-    wait "$step_group" || status=$?
-    step_group=
+    wait "$!" || status=$?
     return "$status"
 }
 
@@ -62,17 +59,19 @@ on_signal() {
 
 interrupted() {
     trap '' INT TERM HUP
-    if [ -n "$step_group" ]; then
+    local group
+    # Not a variable of `step`: a signal may come before it is set.
+    for group in $(jobs -p); do
         if [ "$step_ends" = yes ]; then
             # An interrupt is what tox and pip end in an orderly way from.
-            kill -INT -- "-$step_group" 2>/dev/null || true
+            kill -INT -- "-$group" 2>/dev/null || true
         else
             say "SIG$1: waiting for a step that must not be cut short" >&2
         fi
-        wait "$step_group" 2>/dev/null || true
+        wait "$group" 2>/dev/null || true
         # What does not heed an interrupt, or has been left behind.
-        [ "$step_ends" = no ] || kill -TERM -- "-$step_group" 2>/dev/null || true
-    fi
+        [ "$step_ends" = no ] || kill -TERM -- "-$group" 2>/dev/null || true
+    done
     printf '%s: ended by SIG%s\n' "${0##*/}" "$1" >&2 || true
     exit $((128 + $2))
 }
