@@ -60,8 +60,9 @@ def owner_of(peer: Peer, pid: int | None) -> ProcessIdentity:
     try:
         owner = identify(pid)
         uid = os.stat(f"/proc/{pid}").st_uid
-    except (ProcessLookupError, FileNotFoundError, OverflowError) as error:
-        raise ValueError(f"owner must be the pid of a living process, not {pid}") from error
+        os.close(os.pidfd_open(pid))  # fails for the id of a thread, which /proc has too but nobody can watch
+    except OSError as error:
+        raise ValueError(f"owner must be the pid of a living process, not {pid} ({error})") from error
     if uid != peer.uid and not peer.is_admin:
         raise AccessDenied(f"process {pid} is not yours: it runs as uid {uid}, you as {peer.uid}")
     return owner

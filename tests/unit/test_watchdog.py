@@ -109,7 +109,7 @@ def test_watches_hundreds_of_descriptors_above_1024(watchdog: Watchdog) -> None:
     told = threading.Semaphore(0)
     with contextlib.ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limit)
-        fillers = []
+        fillers: list[int] = []
         while not fillers or fillers[-1] < 1024:
             fillers.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
         for filler in fillers:
@@ -230,8 +230,11 @@ def test_callbacks_may_watch_and_set_timers(watchdog: Watchdog) -> None:
     done = threading.Event()
     with sleeper() as first, sleeper() as second:
 
+        def set_timer() -> None:
+            watchdog.call_at(0.0, done.set)
+
         def next_one() -> None:
-            watchdog.watch(identify(second.pid), lambda: watchdog.call_at(0.0, done.set) and None)
+            watchdog.watch(identify(second.pid), set_timer)
             second.kill()
 
         watchdog.watch(identify(first.pid), next_one)

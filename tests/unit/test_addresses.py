@@ -1,0 +1,86 @@
+"""Addresses out of /proc: recorded tables, and this process's own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lxc_pool.host.addresses import of_process, parse
+from tests.support.processes import sleeper
+
+TRIE = """\
+Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 0.0.0.0
+        /0 universe UNICAST
+     +-- 10.0.3.0/24 2 0 2
+        +-- 10.0.3.0/26 2 0 2
+           |-- 10.0.3.0
+              /24 link UNICAST
+           |-- 10.0.3.17
+              /32 host LOCAL
+        |-- 10.0.3.255
+           /32 link BROADCAST
+     +-- 127.0.0.0/8 2 0 2
+        +-- 127.0.0.0/31 1 0 0
+           |-- 127.0.0.0
+              /8 host LOCAL
+           |-- 127.0.0.1
+              /32 host LOCAL
+        |-- 127.255.255.255
+           /32 link BROADCAST
+     |-- 169.254.7.7
+        /32 host LOCAL
+     |-- 192.168.1.2
+        /32 host LOCAL
+Local:
+  +-- 0.0.0.0/0 3 0 5
+     +-- 10.0.3.0/24 2 0 2
+           |-- 10.0.3.17
+              /32 host LOCAL
+     |-- 127.0.0.1
+        /32 host LOCAL
+"""
+"""Recorded in a container with a veth on lxcbr0, and a second address. Linux 6.1."""
+
+INET6 = """\
+00000000000000000000000000000001 01 80 10 80       lo
+fe80000000000000021a4afffe160164 02 40 20 80     eth0
+fd420000000000000000000000000017 02 40 00 80     eth0
+"""
+
+
+def test_finds_each_address_once_in_order_without_loopback_and_link_local_ones() -> None:
+    assert parse(TRIE, INET6) == ("10.0.3.17", "192.168.1.2", "fd42::17")
+
+
+def test_an_empty_network_has_none() -> None:
+    assert parse("", "") == ()
+    assert parse("Main:\n  |-- 127.0.0.1\n     /32 host LOCAL\n", INET6.splitlines()[0] + "\n\n") == ()
+
+
+def test_reads_the_tables_of_a_process() -> None:
+    found = of_process(os.getpid())
+    with sleeper() as process:
+        assert of_process(process.pid) == found
+
+
+def test_a_process_that_has_ended_has_no_network() -> None:
+    with sleeper() as process:
+        pass
+    with pytest.raises(ProcessLookupError, match="has ended"):
+        of_process(process.pid)
+
+
+def test_a_kernel_without_ipv6_has_the_other_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_text = Path.read_text
+
+    def without_ipv6(path: Path, encoding: str) -> str:
+        if path.name == "if_inet6":
+            raise FileNotFoundError(path)
+        return read_text(path, encoding) and TRIE
+
+    monkeypatch.setattr(Path, "read_text", without_ipv6)
+    assert of_process(os.getpid()) == ("10.0.3.17", "192.168.1.2")
