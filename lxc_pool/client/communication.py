@@ -27,6 +27,7 @@ class Communication:
         self._chunks: dict[int, list[bytes]] = {file.fileno(): [] for file in self._outputs}
         self._fds = tuple(None if file is None else file.fileno() for file in self._files)
         self._open = set(self._chunks)
+        self._whole: Any = None  # what one file's own read() returned, text or bytes
         self._input = memoryview(_as_bytes(stdin, data)) if stdin is not None else memoryview(b"")
         if stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # what the caller wrote before, to a command that is gone
@@ -36,6 +37,9 @@ class Communication:
 
     def run(self, deadline: float | None) -> bool:
         """Go on until all is written and both outputs have ended; return False if *deadline* (monotonic) came first."""
+        if deadline is None and self._stdin is None and len(self._outputs) == 1 and not any(self._chunks.values()):
+            self._whole = self._outputs[0].read()  # with what the file has buffered, as subprocess
+            return True
         poller = select.poll()
         for fd in self._open:
             poller.register(fd, select.POLLIN)
@@ -74,8 +78,10 @@ class Communication:
     def _result(self, file: IO[Any] | None, fd: int | None) -> Any:
         if file is None or fd is None:
             return None
-        data = b"".join(self._chunks[fd])
         file.close()
+        if self._whole is not None:
+            return self._whole
+        data = b"".join(self._chunks[fd])
         if isinstance(file, io.TextIOWrapper):
             text = data.decode(file.encoding, file.errors or "strict")
             return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -118,13 +118,11 @@ class Control:
                     self._lost = self._lost or event.text
                     if event.stage == "kill":
                         raise ExecFailed(event.text)
-                    return
-                if isinstance(event, Exited):
+                elif isinstance(event, Exited):
                     self.returncode = event.status if self.returncode is None else self.returncode
-                    return
-                if event is None and not self.closed:
+                elif event is None and not self.closed:
                     raise ExecFailed(f"the command's supervisor has not answered for {KILL_TIMEOUT:g} s")
-        # closed without an answer: the supervisor had nothing left to supervise
+        # the supervisor closes the connection once nothing is left to supervise
 
     def _receive(self, timeout: float | None) -> Started | Failed | Exited | None:
         """Return the next event; None if none comes in time, or the connection has ended, which closes it."""

@@ -287,10 +287,11 @@ class Process:
             fd, self._streams.ours[index] = self._streams.ours[index], -1
             if fd >= 0:
                 file: IO[Any] = open(fd, mode, size)  # noqa: SIM115 - the caller's to close
+                setattr(self, name, file)  # ours to close, if the encoding is unknown
                 if as_text:
                     options = {"write_through": True, "line_buffering": line_buffered} if index == 0 else {}
-                    file = io.TextIOWrapper(file, encoding, errors, **options)  # type: ignore[arg-type] # dict of bools
-                setattr(self, name, file)
+                    wrapped = io.TextIOWrapper(file, encoding, errors, **options)  # type: ignore[arg-type] # bools
+                    setattr(self, name, wrapped)
 
 
 def _left(deadline: float | None) -> float | None:

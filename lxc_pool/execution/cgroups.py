@@ -76,6 +76,8 @@ def plan(own: str, its: str, mounts: dict[frozenset[str], str]) -> Membership:
         wanted = frozenset(controllers.split(","))
         mount_point = next((point for options, point in mounts.items() if wanted <= options), None)
         if mount_point is None:
+            if mine.get(controllers) == path:  # proc(5) names the v2 hierarchy once it has been mounted anywhere
+                continue
             raise FileNotFoundError(2, f"the cgroup hierarchy {controllers or 'v2'!r} is not mounted")
         directory = mount_point + path.rstrip("/")
         if controllers == UNIFIED:

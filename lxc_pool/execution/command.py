@@ -3,8 +3,9 @@
  entering ── report's end of file ──► running ── main process reaped ──► over ── nobody left, or client gone ──► done
      └─────────── Failed ──────────────────────────────────────────────────┘
 
-The client may signal the main process while it runs, and kill the tree at any time; its end does the latter, except
-once the command is over: background processes go on, as with `subprocess`, and the client can still have them killed.
+The client may signal the main process while it runs, and kill the tree at any time; that this is done it hears by the
+end of the connection (after `Exited`, if that was still due). The client's end kills the tree too, except once the
+command is over: background processes go on, as with `subprocess`, and the client can still have them killed.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Command:
     def __init__(self, loop: Loop, cgroup: CommandCgroup, control: socket.socket, report: socket.socket) -> None:
         """Serve the client at *control*; hear from usher and command on *report*. Both are closed in the end."""
         self.done = False
+        self.cgroup = cgroup
         self._loop = loop
-        self._cgroup = cgroup
         self._control = control
         self._report = report
         self._pid = 0
@@ -121,7 +122,7 @@ class Command:
         elif isinstance(order, KillTree):
             self._kill_tree()
             if self._over:
-                self._tell(self._failure or self._end())
+                self.cgroup.remove()
                 self._finish()
         elif self._over:
             self._finish()  # background processes go on
@@ -136,9 +137,9 @@ class Command:
         if self._over or self._entering or (self._pid and self._status is None):
             return
         self._over = True
-        empty = self._cgroup.remove()  # before the client knows: then nothing of the command is left to be seen
+        empty = self.cgroup.remove()  # before the client knows: then nothing of the command is left to be seen
         self._tell(self._failure or self._end())
-        if empty or self._control.fileno() < 0:
+        if empty or self._killed:
             self._finish()
 
     def _end(self) -> Exited | Failed:
@@ -155,7 +156,7 @@ class Command:
             with contextlib.suppress(OSError):
                 self._report.shutdown(socket.SHUT_WR)
         self._signal(signal.SIGKILL)  # a privileged container's root may have left the cgroup
-        if not self._cgroup.kill(KILL_TIMEOUT):
+        if not self.cgroup.kill(KILL_TIMEOUT):
             text = f"killed processes are still there after {KILL_TIMEOUT:g} s: is the container frozen?"
             self._failure = Failed(errno.EBUSY, "kill", text)
             self._tell(self._failure)
@@ -170,7 +171,6 @@ class Command:
             self._control.send(event.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def _finish(self) -> None:
-        self._cgroup.remove()
         for sock in (self._control, self._report):
             if sock.fileno() >= 0:
                 self._loop.forget(sock.fileno())

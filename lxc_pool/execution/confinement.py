@@ -71,17 +71,35 @@ class Confinement(NamedTuple):
             label=(name if (name := label[0] or label[2]) not in _UNCONFINED else None),
         )
 
-    def apply_outside(self) -> None:
-        """Put on what needs the host's /proc or the host's root: limits, oom_score_adj, label of the next execve(2).
+    def apply_to_usher(self) -> None:
+        """Put on, once for all commands, what the usher can bear and its forks inherit.
+
+        Capabilities count as from execve(2) only; those of a user namespace are new, see `apply_inside`.
 
         Raises:
             OSError: The kernel refused.
         """
-        for limit, values in zip(_LIMITS, self.limits, strict=True):
-            _set_limit(limit, *values)
         if self.oom_score_adj != _read("/proc/self/oom_score_adj"):
             with contextlib.suppress(PermissionError):  # without CAP_SYS_RESOURCE it can only be raised
                 _write("/proc/self/oom_score_adj", self.oom_score_adj)
+        namespaces.limit_capabilities(self.bounding)
+
+    def changed_limits(self) -> tuple[tuple[int, int, int], ...]:
+        """Return those of the limits that this process does not have: the limit, soft, hard."""
+        return tuple(
+            (limit, *values)
+            for limit, values in zip(_LIMITS, self.limits, strict=True)
+            if resource.getrlimit(limit) != values
+        )
+
+    def apply_outside(self, changed: tuple[tuple[int, int, int], ...]) -> None:
+        """Put on what needs the host's root or /proc: the limits that *changed*, the label of the next execve(2).
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        for limit in changed:
+            _set_limit(*limit)
         if self.label is not None:
             _write("/proc/self/attr/apparmor/exec", f"exec {self.label}")
 
@@ -92,7 +110,8 @@ class Confinement(NamedTuple):
             OSError: The kernel refused.
         """
         namespaces.new_session_keyring()
-        namespaces.limit_capabilities(self.bounding)
+        if self.flags & namespaces.CLONE_NEWUSER:
+            namespaces.limit_capabilities(self.bounding)
         if self.no_new_privs:
             namespaces.set_no_new_privs()
         for code in self.filters:
@@ -101,12 +120,10 @@ class Confinement(NamedTuple):
 
 def _set_limit(limit: int, soft: int, hard: int) -> None:
     """Set a limit; without CAP_SYS_RESOURCE as near as the own hard limit, which is then the lower one, permits."""
-    own_soft, own_hard = resource.getrlimit(limit)
-    if (soft, hard) == (own_soft, own_hard):
-        return
     try:
         resource.setrlimit(limit, (soft, hard))
     except (ValueError, PermissionError):
+        own_hard = resource.getrlimit(limit)[1]
         lower = own_hard if soft == resource.RLIM_INFINITY else soft
         resource.setrlimit(limit, (lower if own_hard == resource.RLIM_INFINITY else min(lower, own_hard), own_hard))
 

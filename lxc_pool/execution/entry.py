@@ -34,32 +34,39 @@ class Door(NamedTuple):
     """The way into a container.
 
     Attributes:
-        report: A SOCK_SEQPACKET socket that `Failed` is sent on.
         pidfd: The container's init.
-        cgroup: A v1 cgroup that is still to be joined; None if the process was born in its own.
+        unified: Whether a command is born in its cgroup; else, in a v1 hierarchy, it has to join it.
         confinement: The walls to put on.
+        changed_limits: See `Confinement.changed_limits`.
     """
 
-    report: int
     pidfd: int
-    cgroup: int | None
+    unified: bool
     confinement: Confinement
+    changed_limits: tuple[tuple[int, int, int], ...]
 
 
 def enter_and_exec(
-    request: ExecRequest, stdio: tuple[int, int, int], door: Door
+    request: ExecRequest, fds: tuple[int, int, int, int], cgroup: int, door: Door
 ) -> NoReturn:  # pragma: no cover - it ends in another program and another file system: nothing can be recorded
-    """Become the command, or report why not."""
+    """Become the command, or report why not.
+
+    Args:
+        request: The command.
+        fds: Its streams, and a SOCK_SEQPACKET socket that `Failed` is sent on.
+        cgroup: The directory of its own cgroup.
+        door: The way in.
+    """
     stage, text = "enter", "entering the container"
     confinement = door.confinement
     try:
-        if door.cgroup is not None:
-            cgroups.enter(f"/proc/self/fd/{door.cgroup}")
-        _arrange_descriptors(stdio, door.report, door.pidfd)
+        if not door.unified:
+            cgroups.enter(f"/proc/self/fd/{cgroup}")
+        _arrange_descriptors((*fds, door.pidfd))
         if is_withdrawn(_REPORT):
             raise InterruptedError(errno.EINTR, "withdrawn")
         os.setsid()
-        confinement.apply_outside()
+        confinement.apply_outside(door.changed_limits)
         namespaces.setns(_PIDFD, confinement.flags)
         posix.close(_PIDFD)
         if confinement.flags & namespaces.CLONE_NEWUSER:
@@ -118,7 +125,9 @@ def execute(argv: tuple[str, ...], env: dict[bytes, bytes]) -> NoReturn:
         OSError: It can't be: that of the first file found, else that of the last place looked at, as execvpe(3).
     """
     args = [arg.encode("utf-8", "surrogateescape") for arg in argv]
-    if b"/" in args[0] or not args[0]:
+    if not args[0]:
+        raise FileNotFoundError(errno.ENOENT, "no program")
+    if b"/" in args[0]:
         candidates = [args[0]]
     else:
         candidates = [(place or b".") + b"/" + args[0] for place in env.get(b"PATH", b"").split(b":")]
@@ -134,9 +143,9 @@ def execute(argv: tuple[str, ...], env: dict[bytes, bytes]) -> NoReturn:
     raise found or missing or FileNotFoundError(2, "no such command")
 
 
-def _arrange_descriptors(stdio: tuple[int, int, int], report: int, pidfd: int) -> None:  # pragma: no cover - as above
+def _arrange_descriptors(fds: tuple[int, int, int, int, int]) -> None:  # pragma: no cover - as above
     # first out of the way, so that no target overwrites a source
-    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PIDFD + 1) for fd in (*stdio, report, pidfd)]
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PIDFD + 1) for fd in fds]
     for target, source in enumerate(moved):
         posix.dup2(source, target, inheritable=target <= 2)
     namespaces.close_all_except((0, 1, 2, _REPORT, _PIDFD))

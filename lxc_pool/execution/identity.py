@@ -42,8 +42,8 @@ def load(user: str | None) -> Identity:
         UnknownUser: There is no such user or group.
     """
     passwd = read_capped("/etc/passwd")
-    group = read_capped("/etc/group")
-    return resolve(user, passwd, group)
+    # as lxc-attach, root without further wishes gets no supplementary groups: one file less for most commands
+    return resolve(user, passwd, b"" if user is None else read_capped("/etc/group"))
 
 
 def resolve(user: str | None, passwd: bytes, group: bytes) -> Identity:
@@ -71,15 +71,11 @@ def read_capped(path: str) -> bytes:
     except OSError:
         return b""
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             return b""
-        data = bytearray()
-        while len(data) < MAX_FILE:
-            chunk = os.read(fd, MAX_FILE - len(data))
-            if not chunk:
-                break
-            data += chunk
-        return bytes(data)
+        # one read of a regular file is whole; one that grows meanwhile is cut, as one that is read too early would be
+        return os.read(fd, min(status.st_size, MAX_FILE))
     except OSError:
         return b""
     finally:

@@ -69,7 +69,8 @@ def check_stdio(fd: int) -> None:
 class Launcher:
     """Start commands in containers.
 
-    Threads: any. `_lock` guards `_agent`, `_connection` and `_closed`; nothing is sent while it is held.
+    Threads: any. `_lock` guards `_agent`, `_connection`, `_closed`, and sending: a descriptor that one thread sends to
+    is not closed by another. A packet takes microseconds; SEND_TIMEOUT at most, if the agent hangs.
     """
 
     def __init__(self) -> None:
@@ -92,9 +93,7 @@ class Launcher:
         """
         with self._lock:
             self._closed = True
-            agent, self._agent, self._connection = self._agent, None, None
-        if agent is not None:
-            _end(agent, timeout)
+            self._end_agent(timeout)
 
     def launch(
         self, request: ExecRequest, stdio: tuple[int, int, int], control: int, init_pidfd: int, init_pid: int
@@ -137,7 +136,7 @@ class Launcher:
         Raises:
             ExecFailed: As `launch`.
         """
-        if self._connection is not None:  # no agent, nothing prepared
+        if self.agent_pid is not None:
             self._send(FORGET, init_pid, b"", [])
 
     def __enter__(self) -> Self:
@@ -159,29 +158,31 @@ class Launcher:
 
     def _send(self, operation: int, init_pid: int, body: bytes, fds: list[int]) -> None:
         payload = HEADER.pack(operation, init_pid) + body
-        failed: socket.socket | None = None
-        for _ in range(2):  # a second time if the agent turns out to be dead
-            connection = self._connect(instead_of=failed)
-            try:
-                packets.send(connection, payload, fds)
-            except (BrokenPipeError, ConnectionError, TimeoutError):
-                failed = connection
-            else:
-                return
+        with self._lock:
+            for _ in range(2):  # a second time if the agent turns out to be dead
+                if self._closed:
+                    raise ExecFailed("the launcher of commands is closed: the service is ending")
+                if self._connection is None:
+                    self._agent, self._connection = _start()
+                try:
+                    packets.send(self._connection, payload, fds)
+                except (ConnectionError, TimeoutError):
+                    self._end_agent(0)
+                else:
+                    return
         raise ExecFailed("the agent that runs commands ends at once; its error is on the service's stderr")
 
-    def _connect(self, instead_of: socket.socket | None) -> socket.socket:
-        """Return the connection to a living agent, a new one if the present one is *instead_of*."""
-        with self._lock:
-            if self._closed:
-                raise ExecFailed("the launcher of commands is closed: the service is ending")
-            if self._connection is None or self._connection is instead_of:
-                old = self._agent
-                if old is not None:
-                    self._agent = self._connection = None
-                    _end(old, 0)
-                self._agent, self._connection = _start()
-            return self._connection
+    def _end_agent(self, timeout: float) -> None:
+        """Let the agent end by closing its connection; kill it if it has not after *timeout* seconds."""
+        agent, connection, self._agent, self._connection = self._agent, self._connection, None, None
+        if connection is not None:
+            connection.close()
+        if agent is not None:
+            try:
+                agent.wait(timeout)
+            except subprocess.TimeoutExpired:
+                agent.kill()
+                agent.wait()
 
 
 def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -202,15 +203,6 @@ def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours.close()
         raise ExecFailed(f"the agent that runs commands can't be started: {exc}") from exc
     return agent, ours
-
-
-def _end(agent: subprocess.Popen[bytes], timeout: float) -> None:
-    """Reap *agent*, whose connection is closed; kill it if that does not end it in time."""
-    try:
-        agent.wait(timeout)
-    except subprocess.TimeoutExpired:
-        agent.kill()
-        agent.wait()
 
 
 def _check_control(fd: int) -> None:

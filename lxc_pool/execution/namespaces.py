@@ -25,6 +25,7 @@ _CLONE_INTO_CGROUP = 0x200000000
 _SYS_CLONE3 = 435  # one number on every architecture since Linux 5.0's table was unified
 _SYS_CLOSE_RANGE = 436
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280, "armv7l": 311, "i686": 288}
+_KEYCTL = _SYS_KEYCTL.get(os.uname().machine)
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 _PR_SET_PDEATHSIG = 1
@@ -138,9 +139,8 @@ def limit_capabilities(bounding: int) -> None:
 
 def new_session_keyring() -> None:
     """Leave the host's session keyring for an empty one (keyctl(2)); a kernel without keys has none to leave."""
-    number = _SYS_KEYCTL.get(os.uname().machine)
-    if number is not None:
-        _libc.syscall(ctypes.c_long(number), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
+    if _KEYCTL is not None:
+        _libc.syscall(ctypes.c_long(_KEYCTL), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
 
 
 def seccomp_filters(pid: int) -> list[bytes]:

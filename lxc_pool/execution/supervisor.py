@@ -71,6 +71,7 @@ class Supervisor:
         self._orders = orders
         self._loop = Loop()
         self._commands: list[Command] = []
+        self._left: list[cgroups.CommandCgroup] = []  # of commands that are done, but for background processes
         self._count = 0
         self._where: cgroups.Membership | None = None
         self._usher: socket.socket | None = None
@@ -85,8 +86,14 @@ class Supervisor:
             self._send_usher()
         while self._serving or self._commands:
             self._loop.turn()
-            self._commands = [command for command in self._commands if not command.done]
+            if any(command.done for command in self._commands):
+                self._forget_done()
         self._dismiss_usher()
+
+    def _forget_done(self) -> None:
+        self._left += [command.cgroup for command in self._commands if command.done]
+        self._commands = [command for command in self._commands if not command.done]
+        self._left = [cgroup for cgroup in self._left if not cgroup.remove()]
 
     def _on_orders(self) -> None:
         try:

@@ -114,7 +114,8 @@ class ExecContainer:
 
     def cgroups(self) -> list[Path]:
         """Return every directory of the container's payload."""
-        return [path for path in Path("/sys/fs/cgroup").glob("**/lxc.payload.*") if self.name in path.name]
+        root, name = Path("/sys/fs/cgroup"), f"lxc.payload.{self.name}"
+        return [place / name for place in (root, *root.iterdir()) if (place / name).is_dir()]
 
     def stop(self) -> None:
         """Kill the container, and wait until its monitor has cleaned up."""

@@ -1,0 +1,192 @@
+"""Parts of executing that need neither a container nor root: cgroups read from text, pumps, conversations."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lxc_pool.client.communication import Communication
+from lxc_pool.client.control import Control
+from lxc_pool.client.process import Process
+from lxc_pool.client.stdio import Streams
+from lxc_pool.errors import ExecFailed
+from lxc_pool.execution import packets
+from lxc_pool.execution.cgroups import CommandCgroup, Membership, parse_mounts, plan
+from lxc_pool.execution.launcher import Launcher
+from lxc_pool.execution.protocol import Exited, Failed, KillTree, Signal, Started, decode_order
+
+HYBRID = """\
+24 1 0:22 / /proc rw - proc proc rw
+30 1 0:26 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+31 1 0:27 / /sys/fs/cgroup/free\\040zer rw - cgroup cgroup rw,freezer
+32 1 0:28 / /sys/fs/cgroup/systemd rw - cgroup systemd rw,xattr,name=systemd
+33 1 0:29 / /sys/fs/cgroup/unified rw shared:1 - cgroup2 cgroup2 rw
+34 1 0:29 /part /elsewhere rw - cgroup2 cgroup2 rw
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_left() -> Iterator[None]:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    deadline = time.monotonic() + 5
+    while len(os.listdir("/proc/self/fd")) > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_hybrid_host() -> None:
+    own = "3:cpu,cpuacct:/\n2:freezer:/\n1:name=systemd:/\n0::/\n"
+    its = "3:cpu,cpuacct:/c\n2:freezer:/c\n1:name=systemd:/c/init.scope\n0::/c\n"
+    root = "/sys/fs/cgroup"
+    join = (f"{root}/cpu,cpuacct/c", f"{root}/free zer/c", f"{root}/systemd/c/init.scope")
+    assert plan(own, its, parse_mounts(HYBRID)) == Membership(join, f"{root}/unified/c", unified=True)
+
+
+def test_only_differences_are_joined() -> None:
+    its = "3:cpu,cpuacct:/\n2:freezer:/c\n0::/c\n"
+    planned = plan("3:cpu,cpuacct:/\n2:freezer:/\n0::/\n", its, parse_mounts(HYBRID))
+    assert planned.join == ("/sys/fs/cgroup/free zer/c",)
+
+
+def test_a_v2_host_has_nothing_to_join() -> None:
+    mounts = parse_mounts("1 1 0:1 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+    assert plan("0::/x\n", "0::/c\n", mounts) == Membership((), "/sys/fs/cgroup/c", unified=True)
+
+
+def test_a_v1_host_holds_commands_in_the_freezer() -> None:
+    mounts = {options: point for options, point in parse_mounts(HYBRID).items() if "" not in options}
+    planned = plan("2:freezer:/\n0::/\n", "2:freezer:/c\n0::/\n", mounts)
+    assert planned == Membership(("/sys/fs/cgroup/free zer/c",), "/sys/fs/cgroup/free zer/c", unified=False)
+
+
+@pytest.mark.parametrize("its", ["5:memory:/c\n0::/c\n", "3:cpu,cpuacct:/c\n"])
+def test_a_hierarchy_that_can_not_be_joined_is_an_error(its: str) -> None:
+    with pytest.raises(FileNotFoundError, match="mounted"):
+        plan("5:memory:/\n0::/\n", its, parse_mounts(HYBRID))
+
+
+def test_a_cgroup_without_a_kill_file_is_emptied_process_by_process(tmp_path: Path) -> None:
+    cgroup = CommandCgroup(str(tmp_path), "command")
+    cgroup.create()
+    cgroup.create()
+    procs = tmp_path / "command" / "cgroup.procs"
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        procs.write_text(f"{process.pid}\n")
+        # a plain file keeps naming what has ended, as a process that can't be killed would be named
+        assert not cgroup.kill(0.2)
+        assert process.wait() == -signal.SIGKILL
+    procs.unlink()
+    assert cgroup.kill(0)
+    assert cgroup.remove()
+    assert cgroup.remove()
+
+
+def test_a_used_cgroup_is_not_removed(tmp_path: Path) -> None:
+    cgroup = CommandCgroup(str(tmp_path), "command")
+    cgroup.create()
+    (tmp_path / "command" / "below").mkdir()
+    (tmp_path / "command" / "file").touch()
+    assert not cgroup.remove()
+    assert not (tmp_path / "command" / "below").exists()
+
+
+def test_the_client_hears_what_the_supervisor_says() -> None:
+    ours, its = packets.pair()
+    control = Control(ours)
+    with its:
+        assert control.await_start(0.01) is None
+        its.send(Started(7).encode())
+        assert control.await_start(None) == Started(7)
+        assert control.await_exit(0.01) is None
+        control.signal(15)
+        assert decode_order(its.recv(100)) == Signal(15)
+        its.send(Exited(3).encode())
+        assert control.await_exit(None) == 3
+        control.signal(9)
+    control.kill_tree()
+    assert (control.closed, control.ended, control.returncode) == (True, True, 3)
+
+
+def test_a_tree_that_can_not_be_killed_is_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, its = packets.pair()
+    control = Control(ours)
+    with its:
+        its.send(Failed(16, "kill", "frozen?").encode())
+        with pytest.raises(ExecFailed, match="frozen"):
+            control.kill_tree()
+        assert decode_order(its.recv(100)) == KillTree()
+        with pytest.raises(ExecFailed, match="frozen"):
+            control.await_exit(0)
+        monkeypatch.setattr("lxc_pool.client.control.KILL_TIMEOUT", 0.01)
+        with pytest.raises(ExecFailed, match="not answered"):
+            control.kill_tree()
+    control.close()
+
+
+def test_an_agent_that_can_not_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    with Launcher() as launcher:
+        launcher.forget(1)
+        with pytest.raises(ExecFailed, match="can't be started"):
+            launcher.prepare(0, 1)
+
+
+def test_an_agent_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(packets, "send", broken)
+    with Launcher() as launcher, pytest.raises(ExecFailed, match="ends at once"):
+        launcher.prepare(0, 1)
+
+
+def test_an_agent_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lxc_pool.execution.launcher._BOOTSTRAP", "import signal; signal.pause()")
+    monkeypatch.setattr("lxc_pool.execution.launcher.SEND_TIMEOUT", 0.05)
+    with Launcher() as launcher:
+        launcher.prepare(0, 1)
+        first = launcher.agent_pid
+        while launcher.agent_pid == first:
+            launcher.prepare(0, 1)
+        launcher.close(timeout=0)
+
+
+def test_a_conversation_refuses_what_its_stream_can_not_carry() -> None:
+    read, write = os.pipe()
+    with open(read, "rb"), open(write, "w") as text, pytest.raises(TypeError, match="str"):
+        Communication(text, None, None, b"bytes")
+
+
+def test_a_conversation_keeps_to_its_deadline_and_goes_on() -> None:
+    (read, command_out), (command_in, write) = os.pipe(), os.pipe()
+    with open(read, "rb") as stdout, open(write, "wb") as stdin, open(command_in, "rb") as source:
+        talk = Communication(stdin, stdout, None, b"x" * 200_000)
+        os.write(command_out, b"some")
+        assert not talk.run(time.monotonic() + 0.05)
+        assert talk.so_far() == (b"some", None)
+        os.close(command_out)
+        source.close()  # the command reads no more, which is no error
+        assert talk.run(time.monotonic() + 5)
+        assert talk.results() == (b"some", None)
+
+
+def test_wrong_streams_leave_nothing(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+") as file:
+        for streams in ((subprocess.PIPE, subprocess.PIPE, 9999), (file, file, 9999), (9999, None, None)):
+            with pytest.raises(OSError, match="Bad file"):
+                Streams(*streams)
+        Streams(file, file, subprocess.PIPE).close()
+
+
+def test_contradicting_text_options_are_refused() -> None:
+    with pytest.raises(subprocess.SubprocessError, match="contradict"):
+        Process.start(lambda *_: None, ["x"], text=True, universal_newlines=False)
+    with pytest.raises(TypeError, match="bufsize"):
+        Process.start(lambda *_: None, ["x"], bufsize="1")  # type: ignore[arg-type] # that is the test
