@@ -30,10 +30,13 @@ retry() {
 # Run a command so that a signal to this script ends it too, at once and with all of its children: it is a job, hence a
 # process group, of its own, which `interrupted` finds. Its standard input is empty.
 step_ends=yes
+# Who starts us in the background has us ignore interrupts, and our children with us; they shall heed ours.
+heedful=(env --default-signal=INT)
 step() {
-    local status=0
+    local status=0 as=("${heedful[@]}")
+    if [ "$(type -t "$1")" = function ]; then as=(); fi
     set -m
-    "$@" </dev/null &
+    "${as[@]}" "$@" </dev/null &
     set +m
     wait "$!" || status=$?
     return "$status"
