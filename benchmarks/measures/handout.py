@@ -8,11 +8,13 @@ Timed, each in one call on one connection, and each only when the pool is full a
   same kind of configuration. Its removal is not timed.
 
 A round has one of each; every other round goes in reverse order, so that each comes as often after each other. Beside
-these, without a target: echoes and gets one right after another, the gets while the pool refills behind them.
+these, without a target: echoes one right after another; and as many gets as are warm, one right after another, while
+the lanes already make new containers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
@@ -41,7 +43,7 @@ def measure(lab: Lab, plan: Plan) -> Outcome:
         series = _in_turns(service, calls, plan)
         service.rest()
         echoes_in_a_row = [_echo(service) for _ in range(plan.rounds)]
-        gets_in_a_row = [_get(service) for _ in range(plan.rounds)]
+        bursts = [seconds for _ in range(max(1, plan.rounds // _SIZE)) for seconds in _burst(service)]
     in_gets = ratio_of_medians(series["cold"], series["get"])
     in_echoes = ratio_of_medians(series["get"], series["echo"])
     return Outcome(
@@ -54,7 +56,7 @@ def measure(lab: Lab, plan: Plan) -> Outcome:
             Figure.of_seconds("echo", series["echo"]),
             Figure.of_seconds("lxc-copy + lxc-start", series["cold"]),
             Figure.of_seconds("echo, one right after another", echoes_in_a_row),
-            Figure.of_seconds("get and confirm, one right after another, the pool refilling", gets_in_a_row),
+            Figure.of_seconds(f"get and confirm, {_SIZE} one right after another, the pool refilling", bursts),
         ),
     )
 
@@ -75,6 +77,19 @@ def _echo(service: Service) -> float:
     begin = time.perf_counter()
     service.pool.echo("x")
     return time.perf_counter() - begin
+
+
+def _burst(service: Service) -> list[float]:
+    service.rest()
+    with contextlib.ExitStack() as leases:
+        seconds = []
+        for _ in range(_SIZE):
+            begin = time.perf_counter()
+            container = service.pool.get("burst", 30)
+            seconds.append(time.perf_counter() - begin)
+            if container is not None:
+                leases.enter_context(container)
+        return seconds
 
 
 def _get(service: Service) -> float:
