@@ -112,13 +112,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(step=st.sampled_from(CREATION), kind=st.sampled_from(["fail", "hang", "slow"]))
     def creation_goes_wrong(self, step: Step, kind: str) -> None:
-        fault = {"fail": Fault(error=StartFailed("no")), "hang": HANG, "slow": Fault(delay=3.0)}[kind]
-        self.world.backend.script(step, fault)
+        faults = {"fail": Fault(error=StartFailed("no")), "hang": HANG, "slow": Fault(delay=3.0)}
+        self.world.backend.script(step, faults[kind])
 
     @rule(step=st.sampled_from(REMOVAL), kind=st.sampled_from(["fail", "hang", "slow"]))
     def removal_goes_wrong(self, step: Step, kind: str) -> None:
-        fault = {"fail": Fault(error=DestroyFailed("busy")), "hang": HANG, "slow": Fault(delay=3.0)}[kind]
-        self.world.backend.script(step, fault)
+        faults = {"fail": Fault(error=DestroyFailed("busy")), "hang": HANG, "slow": Fault(delay=3.0)}
+        self.world.backend.script(step, faults[kind])
 
     @rule(broken=st.booleans())
     def ledger_fails_or_works(self, broken: bool) -> None:
@@ -142,7 +142,7 @@ class PoolMachine(RuleBasedStateMachine):
             world.journal,
             new_name=lambda: f"run{run}-{next(numbers)}",
             wake=lambda: None,
-            rng=random.Random(1),
+            rng=random.Random(1),  # noqa: S311  # jitter
         )
         world.pool.restore(
             judge(entries, world.backend.names(), world.config, world.backend.newest, world.watch.now())
@@ -183,11 +183,8 @@ class PoolMachine(RuleBasedStateMachine):
         unknown = self.world.backend.present - set(names)
         assert not unknown, f"the pool has lost {unknown}"
         census = self.world.pool.census()
-        fields = {
-            State.WARM: "size",
-            **{state: str(state) for state in State if state is not State.WARM},
-        }
-        for state, field in fields.items():
+        for state in State:
+            field = "size" if state is State.WARM else str(state)
             assert census.total(field) == sum(info.state is state for info in infos)
 
     @invariant()

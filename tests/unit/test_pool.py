@@ -17,6 +17,7 @@ from lxc_pool.errors import (
 )
 from lxc_pool.model import State
 from lxc_pool.service.pool import WarmWait
+from lxc_pool.service.waiters import Ticket
 from tests.support.world import World
 
 
@@ -138,7 +139,7 @@ def test_waiters_of_one_user_are_served_in_the_order_in_which_they_came() -> Non
 def test_users_who_wait_take_turns() -> None:
     world = World(1, workers=1)
     tickets = [world.ask(uid=uid) for uid in (1, 1, 1, 2)]
-    order = []
+    order: list[Ticket] = []
     while len(order) < 4:
         world.settle()
         ticket = next(t for t in tickets if t.offer is not None and t not in order)
@@ -252,7 +253,7 @@ def test_renewing_puts_the_end_of_a_lease_off() -> None:
     world.advance(4)
     world.pool.set_ttl(name, 1000, 5.0)
     world.advance(4)
-    assert world.pool.leased(name, 1000)
+    assert world.pool.leased(name, 1000).state is State.LEASED
     world.advance(2)
     with pytest.raises(LeaseExpired):
         world.pool.leased(name, 1000)
