@@ -9,6 +9,7 @@ import sys
 
 from lxc_pool.cli.output import print_json
 from lxc_pool.client.container import Container
+from lxc_pool.errors import LxcPoolError
 from lxc_pool.manager import PoolManager
 from lxc_pool.model import ContainerId
 
@@ -82,6 +83,8 @@ def _run_in(container: Container, argv: list[str]) -> int:
     """Run a command with this process's stdin, stdout and stderr; return what a shell would."""
     try:
         status = container.run(argv).returncode
+    except LxcPoolError:  # first: AccessDenied is a PermissionError, too
+        raise
     except FileNotFoundError as error:
         print(f"lxc-pool: {error}", file=sys.stderr)
         return _MISSING

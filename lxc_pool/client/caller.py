@@ -53,6 +53,9 @@ class Caller:
             connection = self.borrow(deadline, again=again)
             try:
                 result = connection.call(call, deadline, descriptors)
+            except (LxcPoolError, TypeError, ValueError):  # first: AccessDenied is an OSError, too
+                self.give_back(connection)
+                raise
             except LOST as error:
                 connection.close()
                 if descriptors and isinstance(error, AnswerLost):
@@ -62,9 +65,6 @@ class Caller:
                         f"the service in {self.host_dir} did not answer within {timeout:g} s"
                     ) from error
                 again = True
-            except (LxcPoolError, TypeError, ValueError):
-                self.give_back(connection)
-                raise
             except BaseException:
                 connection.close()  # an answer may still be on its way
                 raise

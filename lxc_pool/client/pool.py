@@ -196,6 +196,8 @@ class PoolServiceProxy(managers.BaseProxy):
             connection.call(messages.Shutdown(grace, keep_leases), deadline)
             if server is not None:
                 _await_exit(server, deadline)
+        except LxcPoolError:  # first: AccessDenied is an OSError, too
+            raise
         except LOST as error:
             raise ServiceUnavailable(f"the service went away before it said that all is closed: {error}") from error
         finally:
@@ -276,14 +278,14 @@ class PoolServiceProxy(managers.BaseProxy):
                 if container is not None:
                     return container
                 # Too late: the service has taken it back. Queue again for the time that remains.
+            except (LxcPoolError, TypeError, ValueError):  # first: AccessDenied is an OSError, too
+                self._caller.give_back(connection)
+                raise
             except LOST as error:
                 connection.close()
                 if patience is not None and time.monotonic() >= patience:
                     raise ServiceUnavailable(f"the service in {self.host_dir} did not answer in time") from error
                 again = True
-            except (LxcPoolError, TypeError, ValueError):
-                self._caller.give_back(connection)
-                raise
             except BaseException:
                 connection.close()
                 raise
