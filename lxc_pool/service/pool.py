@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import logging
 import random
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -370,7 +371,8 @@ class Pool:
             return not any(shelf.counts[state] for shelf in self._stock.shelves.values() for state in states)
 
         with self._stock.changed:
-            self._stock.changed.wait_for(lambda: none_left() or unless(), timeout)
+            limit = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+            self._stock.changed.wait_for(lambda: none_left() or unless(), limit)
             return none_left()
 
     def interrupt(self) -> None:

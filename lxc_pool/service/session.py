@@ -154,7 +154,7 @@ class Session:
             reply = messages.encode_result(self._service.answer(self, call, descriptors))
         except (LxcPoolError, TypeError, ValueError) as error:
             reply = messages.encode_failure(error)
-        except (EOFError, OSError):
+        except (EOFError, OSError, ProtocolError):
             raise
         except Exception as error:  # our bug: the client is told, the log has the rest, the service goes on
             log.exception("%s of %s failed", type(call).__name__, self._peer)
