@@ -50,6 +50,7 @@ def measure(lab: Lab, plan: Plan) -> Outcome:
             ),
         ),
         figures=(
+            Figure("all CPU time of service and helpers before that, for comparison", "s", sum(before[:2])),
             Figure("the service process", "% of a CPU", service_share),
             Figure(f"its {len(trees.helpers)} helpers", "% of a CPU", helpers),
             Figure(f"the {len(trees.monitors)} monitors", "% of a CPU", monitors),
