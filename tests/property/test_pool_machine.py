@@ -48,14 +48,15 @@ class PoolMachine(RuleBasedStateMachine):
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
-    @rule(uid=st.sampled_from([1000, 1001]), ttl=st.sampled_from([None, None, 5.0, 50.0]))
-    def ask(self, uid: int, ttl: float | None) -> None:
-        try:
-            ticket = self.world.ask("job", uid=uid, pid=next(self.pids), ttl=ttl, session=object())
-        except (PoolDraining, PoolClosed):
-            return
-        self.tickets.append(ticket)
-        self.order.append(ticket)
+    @rule(uid=st.sampled_from([1000, 1001]), ttl=st.sampled_from([None, None, 5.0, 50.0]), clients=st.integers(1, 5))
+    def ask(self, uid: int, ttl: float | None, clients: int) -> None:
+        for _ in range(clients):
+            try:
+                ticket = self.world.ask("job", uid=uid, pid=next(self.pids), ttl=ttl, session=object())
+            except (PoolDraining, PoolClosed):
+                return
+            self.tickets.append(ticket)
+            self.order.append(ticket)
 
     @rule(data=st.data())
     @precondition(lambda self: any(ticket.offer for ticket in self.tickets))
@@ -182,6 +183,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert len(names) == len(set(names))
         unknown = self.world.backend.present - set(names)
         assert not unknown, f"the pool has lost {unknown}"
+        unwritten = self.world.backend.present - set(self.world.journal.entries)
+        assert not unwritten, f"the ledger has never heard of {unwritten}"
         census = self.world.pool.census()
         for state in State:
             field = "size" if state is State.WARM else str(state)
