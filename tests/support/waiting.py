@@ -1,0 +1,34 @@
+"""Wait for what happens in other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Callable, Iterator
+
+
+def eventually(condition: Callable[[], object], what: str, timeout: float = 10.0) -> None:
+    """Wait until *condition* is true, where nothing tells when it has become so."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def pidfd(pid: int) -> Iterator[int]:
+    """Hold on to a process."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def ends(descriptor: int, timeout: float = 10.0) -> bool:
+    """Wait for the end of a process by its pidfd; return whether it came."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
