@@ -97,12 +97,18 @@ class Command:
                 self._tell(Started(self._pid))
             self._advance()
             return
-        event = decode_event(data)
-        if isinstance(event, Started):
-            self._pid, self._pidfd = event.pid, os.pidfd_open(event.pid)
-            self._loop.watch(self._pidfd, self._on_exit)
-        elif isinstance(event, Failed):
+        try:
+            event = decode_event(data)
+        except ProtocolError as exc:
+            event = Failed(0, "enter", str(exc))
+        if isinstance(event, Failed):
             self._failure = event
+        elif isinstance(event, Started) and not self._pid:
+            pidfd = os.pidfd_open(event.pid)
+            # a privileged container's root can trace the command before its execve, and write here: children only
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            self._pid, self._pidfd = event.pid, pidfd
+            self._loop.watch(pidfd, self._on_exit)
 
     def _on_exit(self) -> None:
         self._loop.forget(self._pidfd)
@@ -147,7 +153,7 @@ class Command:
             return Exited(self._status)
         if self._killed:
             return Exited(-signal.SIGKILL)
-        return Failed(errno.ESRCH, "enter", "the container ended before the command was in it")
+        return Failed(errno.ESRCH, "enter", "the container ended, or the way into it was cut off")
 
     def _kill_tree(self) -> None:
         self._killed = True

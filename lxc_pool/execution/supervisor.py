@@ -10,6 +10,12 @@ One for each container, not for each command: the usher joins the container's v1
 command then costs one fork. (One for each, with the next one's usher sent ahead, was no quicker than without: while a
 process waits to join a v1 cgroup it holds the lock that making and removing the command's own cgroup needs.)
 
+`run(["true"])`, end to end against `lxc-attach --clear-env -- true` as a subprocess (medians; Linux 6.18, hybrid
+cgroups, 2 CPUs): 4.5 to 8-10 ms in a row, 5.4 to 22 ms with 50 ms between commands, when the grace period of the last
+join has passed. Of the 4.5 ms, 1.4 are the way to the usher, 0.9 its fork, 0.8 the command's steps up to execve(2), most
+of that pages copied on write, and 1.4 what comes after. A container's first command takes 22 ms unless prepared.
+Supervisor and usher have 1.4 MB each of their own.
+
 It outlives agent and service for as long as it has commands. One thread; what may block it is the end of killed
 processes, `command.KILL_TIMEOUT` at most.
 
@@ -130,11 +136,19 @@ class Supervisor:
                 fds.insert(3, os.dup(its_end.fileno()))
             command = Command(self._loop, cgroup, control, report)
             self._commands.append(command)
-            packets.send(requests, request, fds)
         except OSError as exc:
-            failure = Failed(exc.errno or 0, "enter", f"the container has ended, or can't be entered: {exc}")
+            failure = _not_entered(exc)
             with control, contextlib.suppress(OSError):
                 control.send(failure.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        else:
+            try:
+                try:
+                    packets.send(requests, request, fds)
+                except ConnectionError:  # it was killed just now
+                    self._dismiss_usher()
+                    packets.send(self._send_usher()[1], request, fds)
+            except OSError as exc:
+                command.fail(_not_entered(exc))
         finally:
             for fd in fds:
                 os.close(fd)
@@ -171,6 +185,10 @@ class Supervisor:
             for directory in (*self._where.join, self._where.parent):
                 with contextlib.suppress(OSError):  # mostly it was done before
                     os.rmdir(directory)
+
+
+def _not_entered(exc: OSError) -> Failed:
+    return Failed(exc.errno or 0, "enter", f"the container has ended, or can't be entered: {exc}")
 
 
 def _is_readable(fd: int) -> bool:

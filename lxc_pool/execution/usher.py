@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import stat
 from typing import NoReturn
 
 from lxc_pool.execution import cgroups, entry, namespaces, packets
@@ -78,6 +79,7 @@ def _serve(packet: tuple[bytes, list[int]], door: entry.Door | OSError) -> None:
         request = ExecRequest.decode(payload)
         if entry.is_withdrawn(report):
             raise InterruptedError(errno.EINTR, "withdrawn")
+        _open_up((stdin, stdout, stderr))
         pid = namespaces.clone_sibling(cgroup if door.unified else None)
         if not pid:
             entry.enter_and_exec(request, (stdin, stdout, stderr, report), cgroup, door)
@@ -93,3 +95,14 @@ def _serve(packet: tuple[bytes, list[int]], door: entry.Door | OSError) -> None:
     finally:
         for fd in fds:  # the command's copy of report is now the last: its execve is the supervisor's end of file
             os.close(fd)
+
+
+def _open_up(streams: tuple[int, int, int]) -> None:
+    """Let the command open its own streams again, as `>/dev/stderr` does.
+
+    A pipe belongs to the client's user alone, whom a container does not know. Who else could reach a pipe's inode, by
+    /proc/PID/fd, may trace that process anyhow.
+    """
+    for fd in streams:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchmod(fd, 0o666)

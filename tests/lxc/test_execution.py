@@ -206,6 +206,14 @@ def test_pipes_of_the_caller_are_passed_themselves(container: ExecContainer) -> 
         process.close()
 
 
+@pytest.mark.parametrize("user", [None, "alice"])
+def test_a_command_can_open_its_streams_again(container: ExecContainer, user: str | None) -> None:
+    result = container.run(
+        ["sh", "-c", "cat /proc/self/fd/0 >/proc/$$/fd/2"], input=b"x", capture_output=True, user=user
+    )
+    assert result.stderr == b"x"
+
+
 def test_a_closed_stream_is_devnull(container: ExecContainer) -> None:
     saved = os.dup(0)
     os.close(0)
@@ -384,9 +392,11 @@ def test_capabilities_are_inits(container: ExecContainer) -> None:
     assert not int(its["CapBnd:"], 16) >> 16 & 1, "sys_module is dropped by the container's configuration"
 
 
-def test_seccomp_filters_limits_and_oom_score_are_inits(directory: Path, launcher: Launcher) -> None:
+@pytest.mark.parametrize("idmapped", [False, True])
+def test_seccomp_filters_limits_and_oom_score_are_inits(directory: Path, launcher: Launcher, idmapped: bool) -> None:
     extra = "lxc.prlimit.nofile = 300:400\nlxc.proc.oom_score_adj = 100\nlxc.no_new_privs = 1\n"
-    with running(directory, f"exec-{os.getpid()}-filtered", launcher, seccomp=True, extra=extra) as made:
+    name = f"exec-{os.getpid()}-filtered"
+    with running(directory, name, launcher, idmapped=idmapped, seccomp=True, extra=extra) as made:
         for _ in range(2):
             status = made.sh("ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj /proc/self/status")
             assert status.startswith("300\n400\n100\n")
