@@ -1,6 +1,7 @@
 """How long a test waits for a warm container, beside a cold one, and beside the cheapest call that there is.
 
-Timed, each in one call on one connection, and each only when the pool is full and nothing is being built or removed:
+Timed, each in one call on one connection, and each only when the pool is full and nothing is being built or removed,
+and after both processes have slept for 10 ms: CPUs and caches are as for a test that did something else before.
 
 - get: `pool.get(id, 30)`, which asks, is offered a container, and confirms it. Its release is not timed.
 - echo: `pool.echo("x")`: there and back through the service, which does nothing.
@@ -8,8 +9,8 @@ Timed, each in one call on one connection, and each only when the pool is full a
   same kind of configuration. Its removal is not timed.
 
 A round has one of each; every other round goes in reverse order, so that each comes as often after each other. Beside
-these, without a target: echoes one right after another; and as many gets as are warm, one right after another, while
-the lanes already make new containers.
+these, without a target: a get right after an echo, so that nobody is asleep; echoes one right after another; and as
+many gets as are warm, one right after another, while the lanes already make new containers.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def measure(lab: Lab, plan: Plan) -> Outcome:
             "echo": lambda: _echo(service),
             "get": lambda: _get(service),
             "cold": cold.copy_and_start,
+            "get, awake": lambda: _get_awake(service),
         }
         series = _in_turns(service, calls, plan)
         service.rest()
@@ -53,6 +55,7 @@ def measure(lab: Lab, plan: Plan) -> Outcome:
         ),
         figures=(
             Figure.of_seconds("get and confirm, warm", series["get"]),
+            Figure.of_seconds("get and confirm, right after an echo", series["get, awake"]),
             Figure.of_seconds("echo", series["echo"]),
             Figure.of_seconds("lxc-copy + lxc-start", series["cold"]),
             Figure.of_seconds("echo, one right after another", echoes_in_a_row),
@@ -77,6 +80,11 @@ def _echo(service: Service) -> float:
     begin = time.perf_counter()
     service.pool.echo("x")
     return time.perf_counter() - begin
+
+
+def _get_awake(service: Service) -> float:
+    service.pool.echo("x")
+    return _get(service)
 
 
 def _burst(service: Service) -> list[float]:
