@@ -22,6 +22,11 @@ MAX_LANES = 5
 MAX_SIZE = 1000
 """Warm containers of one pool at most. Origin: liblxc needs about 25 cgroup directories for each."""
 
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+_LEAST_MEMORY = 8 << 20
+"""Bytes that a container can start with. A guess: a busybox one takes under 1 MiB, its start some more."""
+
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
@@ -31,6 +36,10 @@ class ProfileConfig:
 
     Attributes:
         size: Warm containers to keep.
+        privileged: Whether the container's root is the host's root, and not one of a user namespace of its own.
+        memory: Bytes that it may use.
+        pids: Processes that it may have.
+        cpu: Its share of the CPUs when they are busy, as cpu.weight: 1 to 10000, 100 is usual.
         probe: A command that has to succeed inside before the container counts as warm; empty: that its init has
             been executed and is alive.
     """
@@ -40,6 +49,10 @@ class ProfileConfig:
     image: str = "busybox"
     network: str = "empty"
     probe: tuple[str, ...] = ()
+    privileged: bool = False
+    memory: int = 1 << 30
+    pids: int = 1000
+    cpu: int = 100
 
     @property
     def recipe(self) -> str:
@@ -143,7 +156,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
         if not _PROFILE_NAME.fullmatch(name):
             raise table.error(name, "a profile's name is 1 to 32 of a-z, 0-9, - and _")
         keys = table.table(name)
-        keys.only("image", "size", "network", "probe")
+        keys.only("image", "size", "network", "probe", "privileged", "memory", "pids", "cpu")
         size = keys.integer("size", default_size if name == main else 1, 1, MAX_SIZE)
         profiles.append(
             ProfileConfig(
@@ -152,6 +165,10 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
                 image=keys.string("image", "busybox"),
                 network=keys.choice("network", "empty", ("empty",)),
                 probe=keys.strings("probe"),
+                privileged=keys.boolean("privileged"),
+                memory=keys.size("memory", 1 << 30),
+                pids=keys.integer("pids", 1000, 1, 4_194_304),
+                cpu=keys.integer("cpu", 100, 1, 10_000),
             )
         )
     return tuple(profiles)
@@ -187,6 +204,19 @@ class _Table:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self.error(key, f"must be an integer from {least} to {most}, not {value!r}")
         return value
+
+    def boolean(self, key: str) -> bool:
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, not {value!r}")
+        return value
+
+    def size(self, key: str, default: int) -> int:
+        value = self.values.get(key, default)
+        match = re.fullmatch(r"(\d+)([KMGT]?)", str(value))
+        if isinstance(value, bool) or match is None or not (size := int(match[1]) << _UNITS[match[2]]) >= _LEAST_MEMORY:
+            raise self.error(key, f'must be bytes, or like "512M", and at least {_LEAST_MEMORY}, not {value!r}')
+        return size
 
     def seconds(self, key: str, default: float) -> float:
         value = self.values.get(key, default)

@@ -59,6 +59,9 @@ class MemoryBackend:
         """Let the next times that *step* is reached go wrong like this, one fault each."""
         self._faults[step].extend(faults)
 
+    def open(self) -> None:
+        """See `Backend.open`."""
+
     def prepare(self, image_name: str) -> Image:
         """See `Backend.prepare`; the only image is "busybox"."""
         self._reach("prepare", image_name)

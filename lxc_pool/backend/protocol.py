@@ -34,6 +34,9 @@ class Blueprint:
 class Backend(Protocol):
     """A container engine. Implementations hold no open resources, so that they can be sent to a worker process."""
 
+    def open(self) -> None:
+        """Get a worker process ready for the other calls; called once in each."""
+
     def prepare(self, image_name: str) -> Image:
         """Return the newest image of that name, building it first if it is one that can be built.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -95,3 +96,26 @@ class Caller:
 
     def __reduce__(self) -> tuple[type[Caller], tuple[Path]]:
         return Caller, (self.host_dir,)
+
+
+def check_seconds(name: str, value: object) -> float:
+    """Return a number of seconds.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is negative or not a number of seconds.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.copysign(math.inf, value > 0 or -1)
+    if math.isnan(seconds) or seconds < 0:
+        raise ValueError(f"{name} must be 0 or more seconds, not {value!r}")
+    return seconds
+
+
+def check_timeout(name: str, value: object) -> float | None:
+    """Return a number of seconds, or None; raises as `check_seconds` does."""
+    return None if value is None else check_seconds(name, value)

@@ -172,7 +172,7 @@ def _check_socket(path: Path) -> None:
 
 def _reach(sock: socket.socket, path: Path, deadline: float) -> None:
     # A non-blocking connect answers EAGAIN when the service's backlog is full; a blocking one might wait for ever.
-    sock.settimeout(max(0.001, deadline - time.monotonic()))
+    sock.settimeout(min(max(0.001, deadline - time.monotonic()), 60.0))
     try:
         sock.connect(str(path))
     except PermissionError as error:

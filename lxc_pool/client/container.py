@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from lxc_pool.client import process
-from lxc_pool.client.caller import Caller
+from lxc_pool.client.caller import Caller, check_seconds
 from lxc_pool.errors import LxcPoolError, UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.model import ContainerInfo, LeaseId, State
@@ -174,16 +174,18 @@ class Container:
 
         Raises:
             UnknownLease, LeaseExpired: It has ended.
+            TypeError, ValueError: *ttl* is no number of seconds.
         """
-        self._caller.ask(messages.Renew(self.name, float(ttl)))
+        self._caller.ask(messages.Renew(self.name, check_seconds("ttl", ttl)))
 
     def keep(self, ttl: float) -> None:
         """Let the lease lose its owner: it outlives this process and ends after *ttl* seconds, or by `release`.
 
         Raises:
             UnknownLease, LeaseExpired: It has ended.
+            TypeError, ValueError: *ttl* is no number of seconds.
         """
-        self._caller.ask(messages.Keep(self.name, float(ttl)))
+        self._caller.ask(messages.Keep(self.name, check_seconds("ttl", ttl)))
         self._owner_pid = None
 
     def release(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import select
 import time
@@ -15,12 +14,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from lxc_pool import hostdir
-from lxc_pool.client.caller import CALL_TIMEOUT, GRACE, LOST, Caller
+from lxc_pool.client.caller import CALL_TIMEOUT, GRACE, LOST, Caller, check_seconds, check_timeout
 from lxc_pool.client.connection import SERIALIZER
 from lxc_pool.client.container import Container
 from lxc_pool.errors import LxcPoolError, PoolTimeout, ServiceUnavailable
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.wire import messages
+
+
+_ONE_TRY = 0.1
+"""Seconds that connecting may take even if the caller gives it none. A guess: a service that is there takes 2 ms."""
 
 
 class PoolServiceProxy(managers.BaseProxy):
@@ -39,9 +42,9 @@ class PoolServiceProxy(managers.BaseProxy):
     @classmethod
     def connect(cls, host_dir: Path, timeout: float) -> Self:
         """See `PoolManager.connect`."""
-        check_timeout("timeout", timeout)
+        deadline = time.monotonic() + max(check_seconds("timeout", timeout), _ONE_TRY)
         pool = cls(host_dir)
-        pool._caller.give_back(pool._caller.borrow(time.monotonic() + timeout, again=False))
+        pool._caller.give_back(pool._caller.borrow(deadline, again=False))
         return pool
 
     # --- the pool -----------------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ class PoolServiceProxy(managers.BaseProxy):
         """
         if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
             raise TypeError(f"n must be an int or None, not {n!r}")
-        check_timeout("timeout", timeout)
+        timeout = check_timeout("timeout", timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         status = self.status()
         wanted = status.capacity if n is None else n
@@ -187,7 +190,7 @@ class PoolServiceProxy(managers.BaseProxy):
             AccessDenied: The caller is not an administrator.
             ServiceUnavailable: It is not known whether it has stopped.
         """
-        check_timeout("grace", grace)
+        grace = check_seconds("grace", grace)
         # Removing everything may take a while beyond the grace; it has a deadline of its own in the service.
         deadline = time.monotonic() + grace + 120
         connection = self._caller.borrow(deadline, again=False)
@@ -228,6 +231,9 @@ class PoolServiceProxy(managers.BaseProxy):
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
+    def _incref(self) -> None:
+        """Count nothing: a stock proxy would connect, without a deadline, in each child that multiprocessing forks."""
+
     def _callmethod(self, methodname: str, args: Sequence[Any] = (), kwds: Mapping[str, Any] | None = None) -> Any:
         """Call a method of the service by name, as a stock proxy does."""
         if methodname.startswith("_") or not callable(getattr(type(self), methodname, None)):
@@ -239,8 +245,7 @@ class PoolServiceProxy(managers.BaseProxy):
     ) -> Container | str:
         """Return a container, or the words for why there is none."""
         check_id(identity)
-        check_timeout("timeout", timeout)
-        check_timeout("ttl", ttl)
+        timeout, ttl = check_timeout("timeout", timeout), check_timeout("ttl", ttl)
         if not isinstance(profile, str):
             raise TypeError(f"profile must be a str, not {profile!r}")
         if owner is not None and (isinstance(owner, bool) or not isinstance(owner, int)):
@@ -291,26 +296,12 @@ class PoolServiceProxy(managers.BaseProxy):
                 raise
 
 
-def check_timeout(name: str, value: object) -> None:
-    """Check a number of seconds, or None.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is negative or not a number of seconds.
-    """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{name} must be 0 or more seconds, not {value!r}")
-
-
 def _await_exit(pidfd: int, deadline: float) -> None:
     """Wait until a process has ended."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+    # A day at most: poll(2) counts milliseconds in 32 bits.
+    if not poll.poll(min(86400.0, max(0.0, deadline - time.monotonic())) * 1000):
         raise ServiceUnavailable("the service has closed everything but its process does not end")
 
 

@@ -118,6 +118,12 @@ def container_cgroups(
     return tuple(path for path, _match in _matching(pattern, trees, memberships))
 
 
+def payload_cgroups(name: str, trees: Sequence[Hierarchy] | None = None) -> tuple[Path, ...]:
+    """Return the cgroup of the running container *name* in each hierarchy, as liblxc names it at first."""
+    found = (tree.mount_point / f"lxc.payload.{name}" for tree in (hierarchies() if trees is None else trees))
+    return tuple(path for path in found if path.is_dir())
+
+
 def cgroups_by_container(prefix: str) -> tuple[tuple[str, Path], ...]:
     """Return every cgroup directory that liblxc has made for containers whose names begin so, with the name.
 

@@ -196,6 +196,7 @@ def _prepare_worker(backend: Backend) -> None:
     if service is not None:
         die_at_end_of(service.sentinel)  # the fork server then ends too
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    backend.open()
     _backend = backend
 
 

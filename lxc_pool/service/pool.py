@@ -170,6 +170,8 @@ class Pool:
     def confirm(self, uid: int, request: str) -> ContainerInfo | None:
         """Turn a reservation into a lease; None if there is none (any more). Confirming twice is as good as once.
 
+        The caller has to call `refill` afterwards, when the client has its answer: it would compete with that.
+
         Raises:
             BackendError: The ledger could not be written; the container goes back.
         """
@@ -190,7 +192,6 @@ class Pool:
                     raise
                 member.session = None
                 self._arm_expiry(member.name, member.lease)
-                self._stock.wake()
             return member.info(self._watch.now(), private=True)
 
     def take_back(self, uid: int, request: str, session: object) -> None:
@@ -389,6 +390,11 @@ class Pool:
             ]:
                 self._watch.forget(watched)
             self._owners.clear()
+
+    def refill(self) -> None:
+        """Let the place of a leased container be filled."""
+        with self._lock:
+            self._stock.wake()
 
     # --- work ---------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,9 @@ class Caller(Protocol):
     def notify(self) -> None:
         """Let `wait` look again; callable from any thread."""
 
+    def after_answer(self, work: Callable[[], None]) -> None:
+        """Let *work* be done once the answer to this call has been sent, or the connection has ended."""
+
     def offered(self, request: str) -> None:
         """Take note that the next message has to confirm *request*."""
 
@@ -88,6 +91,7 @@ class PoolService:
             case messages.Get():
                 return self._get(caller, call)
             case messages.Confirm(request):
+                caller.after_answer(self._pool.refill)
                 return self._pool.confirm(caller.peer.uid, request)
             case messages.Abandon(request):
                 return self._pool.abandon(caller.peer.uid, request)

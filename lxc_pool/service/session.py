@@ -50,6 +50,7 @@ class Session:
         self._wake = -1
         self._offer: str | None = None
         self._last_call = False
+        self._work: Callable[[], None] | None = None
 
     @property
     def peer(self) -> Peer:
@@ -94,6 +95,10 @@ class Session:
     def offered(self, request: str) -> None:
         """See `Caller.offered`."""
         self._offer = request
+
+    def after_answer(self, work: Callable[[], None]) -> None:
+        """See `Caller.after_answer`."""
+        self._work = work
 
     def wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
         """See `Caller.wait`."""
@@ -162,7 +167,12 @@ class Session:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-        self._send(reply)
+        try:
+            self._send(reply)
+        finally:
+            work, self._work = self._work, None
+            if work is not None:
+                work()
         return not (self._last_call and self._service.stopped.is_set())
 
     def _send(self, reply: bytes) -> None:

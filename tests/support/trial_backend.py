@@ -30,6 +30,9 @@ class TrialBackend:
         while self.gate is not None and not self.gate.exists():
             time.sleep(0.005)
 
+    def open(self) -> None:
+        pass
+
     def prepare(self, image_name: str) -> Image:
         if image_name == "unknown":
             raise ImageError("no image 'unknown'")

@@ -109,6 +109,18 @@ def test_a_request_that_comes_again_takes_the_place_of_the_one_that_waits() -> N
     assert world.pool.census().total("waiting") == 0
 
 
+def test_the_place_of_a_leased_container_is_filled_once_its_client_has_the_answer() -> None:
+    world = warm_world(1)
+    woken: list[None] = []
+    world.pool._stock.wake = lambda: woken.append(None)
+    world.lease()
+    assert not woken
+    world.pool.refill()
+    assert woken
+    world.settle()
+    assert world.count(State.WARM) == 1
+
+
 def test_a_spike_of_one_more_than_there_are_gets_each_a_container_of_its_own_and_makes_no_surplus() -> None:
     world = warm_world(3)
     tickets = [world.ask(pid=pid) for pid in range(100, 104)]

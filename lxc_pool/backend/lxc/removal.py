@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from lxc_pool.backend.lxc import binding
+from lxc_pool.backend.lxc import binding, container_config
 from lxc_pool.errors import DestroyFailed
-from lxc_pool.host import cgroups
+from lxc_pool.host import cgroups, idranges
 from lxc_pool.host.residue import LOCKS
 
 
@@ -25,6 +25,7 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
         _kill_starters(name, lxcpath)
     elif (directory / "config").exists():
         binding.container(name, lxcpath).stop()
+    first_id = container_config.first_id(directory)
     problems = _remove_cgroups(name)
     try:
         shutil.rmtree(directory)
@@ -34,6 +35,8 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
         problems.append(f"{error.filename}: {error.strerror}")
     with contextlib.suppress(FileNotFoundError):
         (LOCKS / str(lxcpath).lstrip("/") / f".{name}").unlink()
+    if not problems:
+        idranges.give_back(str(directory), first_id)  # only now that nothing of these ids is left
     if problems:
         raise DestroyFailed(f"{name} is not quite gone: {'; '.join(problems)[:1000]}")
 

@@ -1,0 +1,90 @@
+"""Ranges of user and group ids for user namespaces: one for each container, for all services of the machine.
+
+A range is taken by making a file named by its first id in a directory that is the machine's, and is free again when
+that is removed; who has it stands in the file. The directory is in /run: a range lives no longer than a boot, as a
+container does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lxc_pool.errors import CloneFailed
+
+SIZE = 65536
+"""Ids in one range: what a Linux system expects to have."""
+
+DEFAULT_BASE = 0x70000000
+"""The first id. Above the ranges of systemd-nspawn, below 2**31. Source: systemd, docs/UIDS-GIDS.md."""
+
+LIMIT = 0x7FFFFFFF
+"""No range reaches beyond: some programs take ids for signed numbers. Source: the same."""
+
+REGISTRY = Path("/run/lxc-pool-ids")
+
+SUBID_FILES = (Path("/etc/subuid"), Path("/etc/subgid"))
+
+
+def take(
+    holder: str, base: int = DEFAULT_BASE, *, registry: Path = REGISTRY, subids: Iterable[Path] = SUBID_FILES
+) -> int:
+    """Take a free range for *holder* and return its first id.
+
+    Raises:
+        CloneFailed: None is free.
+        OSError: The registry can't be written.
+    """
+    registry.mkdir(mode=0o700, exist_ok=True)
+    taken = {int(name) for name in os.listdir(registry) if name.isdecimal()}
+    given_away = list(_subordinate_ids(subids))
+    for first in range(base, LIMIT - SIZE + 1, SIZE):
+        if first in taken or any(first < end and start < first + SIZE for start, end in given_away):
+            continue
+        try:
+            descriptor = os.open(registry / str(first), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            continue  # another lane or service was faster
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(holder)
+        return first
+    raise CloneFailed(f"no range of {SIZE} ids is free from {base} up: {len(taken)} are taken, see {registry}")
+
+
+def give_back(holder: str, first: int | None = None, *, registry: Path = REGISTRY) -> None:
+    """Free every range of *holder*; not an error if it has none.
+
+    Args:
+        holder: Who has it.
+        first: The first id of the only range that it has, if that is known: spares looking at all.
+        registry: Where ranges are written down.
+    """
+    if first is not None:
+        with contextlib.suppress(FileNotFoundError):
+            (registry / str(first)).unlink()
+        return
+    for path, who in held(registry=registry):
+        if who == holder:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def held(*, registry: Path = REGISTRY) -> Iterator[tuple[Path, str]]:
+    """Go through the ranges that are taken: the file, and who has it."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(registry)):
+            with contextlib.suppress(FileNotFoundError):
+                path = registry / name
+                yield path, path.read_text(encoding="utf-8", errors="replace")
+
+
+def _subordinate_ids(files: Iterable[Path]) -> Iterator[tuple[int, int]]:
+    """Go through the ranges that the host has given to its users. Source: subuid(5)."""
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                fields = line.split(":")
+                if len(fields) == 3 and fields[1].isdecimal() and fields[2].isdecimal():
+                    yield int(fields[1]), int(fields[1]) + int(fields[2])
