@@ -21,7 +21,6 @@ from lxc_pool.errors import LxcPoolError, PoolTimeout, ServiceUnavailable
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.wire import messages
 
-
 _ONE_TRY = 0.1
 """Seconds that connecting may take even if the caller gives it none. A guess: a service that is there takes 2 ms."""
 

@@ -93,8 +93,8 @@ class ThreadLane:
     def replace(self) -> None:
         self._generation += 1
 
-    def describe(self) -> str:
-        return "a thread"
+    def diagnose(self, job: Job) -> str:
+        return f"a thread in {type(job).__name__}"
 
     def close(self) -> None:
         self._backend.go_on()
@@ -172,11 +172,12 @@ class MemoryService:
 
     def stop(self, *, grace: float = 0.0, keep_leases: bool = False) -> None:
         """End it in order; wait until it has ended."""
-        self.backend.go_on()
         if self._thread is None:
             return
-        if self._thread.is_alive():
-            self.service._stop(grace, keep_leases)
+        self.service._stop(grace, keep_leases)
+        while self._thread.is_alive() and not self.pool._stock.closed:
+            time.sleep(0.001)  # what hangs goes on only when it makes no difference any more
+        self.backend.go_on()
         self._thread.join(SOON)
         assert not self._thread.is_alive()
         self._thread = None

@@ -92,6 +92,7 @@ def lease(channel: Channel, request: str = "r1", **fields: object) -> ContainerI
 
 def take_all(service: MemoryService, channel: Channel, size: int = 2) -> list[str]:
     """Lease every container, and let the next ones never come up."""
+    service.reaches(size=size, building=0, reaping=0)
     service.backend.script("start", HANG)
     names = [lease(channel, f"take{number}").name for number in range(size)]
     service.reaches(size=0, leased=size, building=1)
