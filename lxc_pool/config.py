@@ -24,8 +24,8 @@ MAX_SIZE = 1000
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
-_LEAST_MEMORY = 8 << 20
-"""Bytes that a container can start with. A guess: a busybox one takes under 1 MiB, its start some more."""
+_LEAST_SIZE = 8 << 20
+"""Bytes of memory or disk that a container can start with. A guess: a busybox one takes under 1 MiB of each."""
 
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
@@ -40,6 +40,7 @@ class ProfileConfig:
         memory: Bytes that it may use.
         pids: Processes that it may have.
         cpu: Its share of the CPUs when they are busy, as cpu.weight: 1 to 10000, 100 is usual.
+        disk: Bytes that it may write to its root file system, which are kept in memory and count there too.
         probe: A command that has to succeed inside before the container counts as warm; empty: that its init has
             been executed and is alive.
     """
@@ -53,6 +54,7 @@ class ProfileConfig:
     memory: int = 1 << 30
     pids: int = 1000
     cpu: int = 100
+    disk: int = 512 << 20
 
     @property
     def recipe(self) -> str:
@@ -156,7 +158,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
         if not _PROFILE_NAME.fullmatch(name):
             raise table.error(name, "a profile's name is 1 to 32 of a-z, 0-9, - and _")
         keys = table.table(name)
-        keys.only("image", "size", "network", "probe", "privileged", "memory", "pids", "cpu")
+        keys.only("image", "size", "network", "probe", "privileged", "memory", "pids", "cpu", "disk")
         size = keys.integer("size", default_size if name == main else 1, 1, MAX_SIZE)
         profiles.append(
             ProfileConfig(
@@ -169,6 +171,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
                 memory=keys.size("memory", 1 << 30),
                 pids=keys.integer("pids", 1000, 1, 4_194_304),
                 cpu=keys.integer("cpu", 100, 1, 10_000),
+                disk=keys.size("disk", 512 << 20),
             )
         )
     return tuple(profiles)
@@ -214,8 +217,8 @@ class _Table:
     def size(self, key: str, default: int) -> int:
         value = self.values.get(key, default)
         match = re.fullmatch(r"(\d+)([KMGT]?)", str(value))
-        if isinstance(value, bool) or match is None or not (size := int(match[1]) << _UNITS[match[2]]) >= _LEAST_MEMORY:
-            raise self.error(key, f'must be bytes, or like "512M", and at least {_LEAST_MEMORY}, not {value!r}')
+        if isinstance(value, bool) or match is None or not (size := int(match[1]) << _UNITS[match[2]]) >= _LEAST_SIZE:
+            raise self.error(key, f'must be bytes, or like "512M", and at least {_LEAST_SIZE}, not {value!r}')
         return size
 
     def seconds(self, key: str, default: float) -> float:

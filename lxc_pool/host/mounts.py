@@ -70,6 +70,20 @@ def idmapped(source: Path, target: Path, user_namespace: int) -> Iterator[None]:
         unmount(target)
 
 
+@contextmanager
+def mounted(kind: str, target: Path, options: str, flags: int = 0) -> Iterator[None]:
+    """Have a new file system at *target* for the time of a `with`.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    _check(_libc.mount(kind.encode(), os.fsencode(target), kind.encode(), flags, options.encode()), f"{kind} {target}")
+    try:
+        yield
+    finally:
+        unmount(target)
+
+
 def unmount(target: Path) -> None:
     """Take the topmost mount off *target*; it goes once nobody uses it any more.
 

@@ -19,7 +19,7 @@ _DEVICES = ("c 1:3", "c 1:5", "c 1:7", "c 1:8", "c 1:9", "c 5:0", "c 5:1", "c 5:
 """null, zero, full, random, urandom, tty, console, ptmx, pts: what a privileged container may use."""
 
 
-def render(blueprint: Blueprint, directory: Path, lower: Path, seccomp: Path, first_id: int | None) -> str:
+def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int | None) -> str:
     """Return the configuration of one container.
 
     Debian's `common.conf` is not included: its reboot hook sleeps half a second in each stop (measured).
@@ -27,13 +27,12 @@ def render(blueprint: Blueprint, directory: Path, lower: Path, seccomp: Path, fi
     Args:
         blueprint: What it is made of.
         directory: Where its files are.
-        lower: Where its image is to be found when it is started.
         seccomp: The seccomp policy.
         first_id: The first of its range of ids; None: it is privileged.
     """
     lines = [
         ("lxc.uts.name", blueprint.name),
-        ("lxc.rootfs.path", f"overlay:{lower}:{directory / 'overlay' / 'delta'}"),
+        ("lxc.rootfs.path", f"dir:{directory / 'rootfs'}"),
         ("lxc.net.0.type", blueprint.profile.network),
         ("lxc.net.0.flags", "up"),
         ("lxc.autodev", "1"),
@@ -64,7 +63,7 @@ def render(blueprint: Blueprint, directory: Path, lower: Path, seccomp: Path, fi
 
 
 def first_id(directory: Path) -> int | None:
-    """Return the first id of a container's range, read from its configuration; None if that has none, or is not there."""
+    """Return the first id of a container's range, read from its configuration; None if there is none."""
     try:
         text = (directory / "config").read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):

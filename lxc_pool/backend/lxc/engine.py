@@ -18,10 +18,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from lxc_pool.backend.lxc import binding, container_config, limits, removal
+from lxc_pool.backend.lxc import binding, container_config, limits, removal, rootfs
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
 from lxc_pool.host import cgroups, idranges, mounts
@@ -90,7 +89,7 @@ class LxcBackend:
         directory = self.lxcpath / blueprint.name
         try:
             first_id = self._clone(blueprint, directory)
-            with self._lower(blueprint, directory, first_id):
+            with rootfs.mounted(blueprint, directory, self._user_namespace(first_id), first_id or 0):
                 self._start(blueprint, directory)
         except OSError as error:
             raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
@@ -123,36 +122,26 @@ class LxcBackend:
         """Make the container's directory; return the first of its ids, None if it is privileged."""
         directory.mkdir(mode=0o700)
         first_id = None if blueprint.profile.privileged else idranges.take(str(directory), self._id_base)
-        for part in ("rootfs", "lower", "overlay", "overlay/delta", "overlay/work"):
+        for part in ("rootfs", "lower", "upper"):
             (directory / part).mkdir(mode=0o755)
-        lower = blueprint.image.rootfs
         if first_id is not None:
-            lower = directory / "lower"
-            for part in ("rootfs", "overlay/delta", "overlay/work"):
-                os.chown(directory / part, first_id, first_id)
             # The container's root goes through to its rootfs; other users of the host do not.
             os.chown(directory, -1, first_id)
             directory.chmod(0o710)
         # By rename, so that a clone cut short has either no configuration or a whole one.
         partial = directory / "config.partial"
-        text = container_config.render(blueprint, directory, lower, _SECCOMP_POLICY, first_id)
+        text = container_config.render(blueprint, directory, _SECCOMP_POLICY, first_id)
         partial.write_text(text, encoding="ascii")
         partial.rename(directory / "config")
         return first_id
 
-    @contextlib.contextmanager
-    def _lower(self, blueprint: Blueprint, directory: Path, first_id: int | None) -> Iterator[None]:
-        """Have the image in place, seen through the container's ids, for as long as the start takes.
-
-        The overlay keeps what it is mounted over: once the container is up, the mount has done its work.
-        """
+    def _user_namespace(self, first_id: int | None) -> int | None:
+        """Return a descriptor of a user namespace with that range, made once for each in each worker."""
         if first_id is None:
-            yield
-            return
+            return None
         if first_id not in self._user_namespaces:
             self._user_namespaces[first_id] = mounts.make_user_namespace(first_id, idranges.SIZE)
-        with mounts.idmapped(blueprint.image.rootfs, directory / "lower", self._user_namespaces[first_id]):
-            yield
+        return self._user_namespaces[first_id]
 
     def _start(self, blueprint: Blueprint, directory: Path) -> None:
         argv = [_program("lxc-start"), "-P", str(self.lxcpath), "-n", blueprint.name, "-d"]
