@@ -88,7 +88,8 @@ def kill_tree(pid: int, *, timeout: float = 5.0) -> list[int]:
     """Kill a process and all its descendants with SIGKILL; return the pids that still live after *timeout* seconds."""
     try:
         root = psutil.Process(pid)
-        doomed = [*root.children(recursive=True), root]
+        # The root first: it must not see its children end, and go on to what comes next.
+        doomed = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
     for process in doomed:

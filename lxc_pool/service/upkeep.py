@@ -128,10 +128,11 @@ class Upkeep:
     def _done(self, slot: Slot, job: Job, outcome: Outcome) -> None:
         """Take in what a job came to."""
         if isinstance(outcome, LaneBroken):
-            with self._stock.lock:
-                if slot.job is not job:
-                    return
+            claimed = self._claim(slot, job)
+            if claimed is None:
+                return
             slot.lane.replace()
+            job = claimed
         init: Watched | None = None
         if isinstance(job, CreateJob) and isinstance(outcome, ProcessIdentity):
             name = job.blueprint.name
@@ -153,12 +154,24 @@ class Upkeep:
 
     def _overdue(self, slot: Slot, job: Job) -> None:
         """Give up on a job whose time is up."""
-        with self._stock.lock:
-            if slot.job is not job:
-                return
+        claimed = self._claim(slot, job)
+        if claimed is None:
+            return
         log.warning("a lane hangs in %s; it is killed and replaced; %s", _describe(job), slot.lane.diagnose(job))
         slot.lane.replace()
-        self._done(slot, job, JobTimeout(f"{_describe(job)} took longer than allowed and was killed"))
+        self._done(slot, claimed, JobTimeout(f"{_describe(job)} took longer than allowed and was killed"))
+
+    def _claim(self, slot: Slot, job: Job) -> Job | None:
+        """Take a job on, to replace its lane; return what stands for it from now on, None if it has ended meanwhile.
+
+        Whatever the old worker still says of it comes too late then: that its job failed because its child was killed,
+        say, or that it died itself, for which the new worker would be killed, with the next job that it has.
+        """
+        with self._stock.lock:
+            if slot.job is not job:
+                return None
+            slot.job = dataclasses.replace(job)
+            return slot.job
 
     def _settle(self, job: Job, outcome: Outcome, init: Watched | None) -> None:
         """Move what the job was about to where it belongs now. With the lock held."""
