@@ -146,7 +146,8 @@ def _empty(pool: Pool, ending: Ending, server: PoolServer) -> None:
         if not ending.keep_leases:
             pool.wait_until(State.LEASED, State.RESERVED, timeout=ending.grace, unless=lambda: ending.hurry)
             pool.end_leases()
-        if not pool.wait_until(State.BUILDING, State.REAPING, timeout=_REMOVAL_TIMEOUT):
+        # STUCK ones too: their removal is being tried again.
+        if not pool.wait_until(State.BUILDING, State.REAPING, State.STUCK, timeout=_REMOVAL_TIMEOUT):
             log.error("not all containers could be removed in %.0f s: %s", _REMOVAL_TIMEOUT, pool.census().profiles)
     finally:
         ending.emptied = True

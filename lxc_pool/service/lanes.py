@@ -100,6 +100,7 @@ class ProcessLane:
         """Start the worker; returns at once."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["lxc_pool.service.lanes", type(self._backend).__module__])
+        _start_fork_server()
         self._executor = ProcessPoolExecutor(1, context, initializer=_prepare_worker, initargs=(self._backend,))
         self._pid = self._executor.submit(os.getpid)
 
@@ -153,6 +154,21 @@ class ProcessLane:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
+def _start_fork_server() -> None:
+    """Start the process that workers are forked from, unless it runs, with SIGTERM blocked, and so are they.
+
+    The signal may come to all processes at once: from systemd with its `KillMode=control-group`, or to a process group.
+    When to end is for the service to say; without the fork server it would take all workers for dead.
+    """
+    # This one ignores the signal; when it starts, it unblocks it here.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stop_fork_server() -> None:
     """End the process that workers are forked from, once all lanes are closed; it would end a little after us."""
     gc.collect()  # replaced executors are in cycles; their semaphores have to go before the tracker that counts them
@@ -189,9 +205,8 @@ _backend: Backend | None = None
 
 def _prepare_worker(backend: Backend) -> None:
     global _backend  # noqa: PLW0603  # a worker's initializer has no other place to leave it
-    # Ctrl-C reaches the whole process group; when to end is for the service to say.
+    # Ctrl-C reaches the whole process group; when to end is for the service to say. SIGTERM is blocked from birth.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     service = multiprocessing.parent_process()
     if service is not None:
         die_at_end_of(service.sentinel)  # the fork server then ends too
