@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SCRIPT = """\
-#!/bin/sh
+#!{directory}/lxc-sh
 # Taken by one call only, whichever is first: a rename is atomic.
-if mv {directory}/hang {directory}/hung.$$ 2>/dev/null; then
-    exec sleep 1000
+if {mv} {directory}/hang {directory}/hung.$$ 2>/dev/null; then
+    read line < {directory}/never
 fi
 if [ -p {directory}/gate ]; then
     echo $$ >> {directory}/held
@@ -35,10 +35,13 @@ class Starter:
         self.directory = directory
         self._gate = directory / "gate"
         self._held = directory / "held"
-        real = shutil.which("lxc-start")
+        real, mv = shutil.which("lxc-start"), shutil.which("mv")
         assert real is not None
+        # Its command line has to look like the real one's, whose first word is no shell.
+        (directory / "lxc-sh").symlink_to("/bin/sh")
+        os.mkfifo(directory / "never")
         program = directory / "lxc-start"
-        program.write_text(_SCRIPT.format(directory=directory, real=real))
+        program.write_text(_SCRIPT.format(directory=directory, real=real, mv=mv))
         program.chmod(0o755)
 
     def hang_once(self) -> None:
