@@ -318,7 +318,7 @@ def test_a_probe_that_succeeds_is_no_hindrance(engine: Engine, image: Image, nam
 
 
 def test_a_probe_that_still_fails_at_the_deadline_is_a_failed_start(engine: Engine, image: Image, name: str) -> None:
-    with pytest.raises(StartFailed, match="probe .*still ends with 1"):
+    with pytest.raises(StartFailed, match=r"probe .*still ends with 1"):
         engine.do(CreateJob(blueprint(name, image, probe=engine.failing_probe(), seconds=0.5)))
     engine.do(DestroyJob(name, force=False))
     assert engine.traces(name) == []
