@@ -41,6 +41,8 @@ class ProfileConfig:
         pids: Processes that it may have.
         cpu: Its share of the CPUs when they are busy, as cpu.weight: 1 to 10000, 100 is usual.
         disk: Bytes that it may write to its root file system, which are kept in memory and count there too.
+        allow: Users and, with `@` before them, groups that may have such containers; None: everybody who may use the
+            service, but administrators alone if it is privileged.
         probe: A command that has to succeed inside before the container counts as warm; empty: that its init has
             been executed and is alive.
     """
@@ -55,11 +57,12 @@ class ProfileConfig:
     pids: int = 1000
     cpu: int = 100
     disk: int = 512 << 20
+    allow: tuple[str, ...] | None = None
 
     @property
     def recipe(self) -> str:
         """What a container of this profile is made by, beside the image's version: equal recipes, equal containers."""
-        return repr(dataclasses.replace(self, name="", size=0))
+        return repr(dataclasses.replace(self, name="", size=0, allow=None))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +74,15 @@ class Config:
         create_timeout: Seconds that a clone, start and probe may take together.
         image_timeout: Seconds that the building of an image may take.
         confirm_timeout: Seconds that a client may take to confirm a hand-off.
+        min_free: Bytes that have to be free in the state dir for containers to be created.
+        id_base: The first id that containers of this service may have on the host.
+        max_keep: Seconds that a lease without an owner may last at most.
         group: The group that may use the service, if the host has it.
+        users: Those of it that may; None: all.
+        admins: Users who may administrate.
+        max_leases: Containers that one user may have or wait for at once; administrators: any number.
+        max_waiters: Calls of one user that may wait at once; as before.
+        max_connections: Connections that one user may have at once; as before.
     """
 
     profiles: tuple[ProfileConfig, ...]
@@ -79,7 +90,15 @@ class Config:
     create_timeout: float = 30.0
     image_timeout: float = 600.0
     confirm_timeout: float = 5.0
+    min_free: int = 256 << 20
+    id_base: int = 0x70000000
+    max_keep: float = 86400.0
     group: str = "lxc-pool"
+    users: tuple[str, ...] | None = None
+    admins: tuple[str, ...] = ("root",)
+    max_leases: int = 100
+    max_waiters: int = 100
+    max_connections: int = 200
 
     def profile(self, name: str) -> ProfileConfig:
         """Return the profile called *name*.
@@ -124,8 +143,10 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
     top = _Table(document, origin, "", text)
     top.only("pool", "access", "profile")
     pool, access = top.table("pool"), top.table("access")
-    pool.only("size", "workers", "create_timeout", "image_timeout", "confirm_timeout")
-    access.only("group")
+    pool.only(
+        "size", "workers", "create_timeout", "image_timeout", "confirm_timeout", "min_free", "id_base", "max_keep"
+    )
+    access.only("group", "users", "admins", "max_leases", "max_waiters", "max_connections")
     default_size = pool.integer("size", 5, 1, MAX_SIZE)
     if size is not None:
         default_size = check_size(size)
@@ -135,7 +156,15 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
         create_timeout=pool.seconds("create_timeout", 30.0),
         image_timeout=pool.seconds("image_timeout", 600.0),
         confirm_timeout=pool.seconds("confirm_timeout", 5.0),
+        min_free=pool.size("min_free", 256 << 20, least=0),
+        id_base=pool.integer("id_base", 0x70000000, 65536, 0x7FFF0000),
+        max_keep=pool.seconds("max_keep", 86400.0),
         group=access.string("group", "lxc-pool"),
+        users=access.strings("users") if "users" in access.values else None,
+        admins=access.strings("admins") if "admins" in access.values else ("root",),
+        max_leases=access.integer("max_leases", 100, 1, 1_000_000),
+        max_waiters=access.integer("max_waiters", 100, 1, 1_000_000),
+        max_connections=access.integer("max_connections", 200, 1, 1_000_000),
     )
 
 
@@ -158,7 +187,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
         if not _PROFILE_NAME.fullmatch(name):
             raise table.error(name, "a profile's name is 1 to 32 of a-z, 0-9, - and _")
         keys = table.table(name)
-        keys.only("image", "size", "network", "probe", "privileged", "memory", "pids", "cpu", "disk")
+        keys.only("image", "size", "network", "probe", "privileged", "memory", "pids", "cpu", "disk", "allow")
         size = keys.integer("size", default_size if name == main else 1, 1, MAX_SIZE)
         profiles.append(
             ProfileConfig(
@@ -172,6 +201,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
                 pids=keys.integer("pids", 1000, 1, 4_194_304),
                 cpu=keys.integer("cpu", 100, 1, 10_000),
                 disk=keys.size("disk", 512 << 20),
+                allow=keys.strings("allow") if "allow" in keys.values else None,
             )
         )
     return tuple(profiles)
@@ -214,11 +244,11 @@ class _Table:
             raise self.error(key, f"must be true or false, not {value!r}")
         return value
 
-    def size(self, key: str, default: int) -> int:
+    def size(self, key: str, default: int, least: int = _LEAST_SIZE) -> int:
         value = self.values.get(key, default)
         match = re.fullmatch(r"(\d+)([KMGT]?)", str(value))
-        if isinstance(value, bool) or match is None or not (size := int(match[1]) << _UNITS[match[2]]) >= _LEAST_SIZE:
-            raise self.error(key, f'must be bytes, or like "512M", and at least {_LEAST_SIZE}, not {value!r}')
+        if isinstance(value, bool) or match is None or not (size := int(match[1]) << _UNITS[match[2]]) >= least:
+            raise self.error(key, f'must be bytes, or like "512M", and at least {least}, not {value!r}')
         return size
 
     def seconds(self, key: str, default: float) -> float:

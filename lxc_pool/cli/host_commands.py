@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import importlib.util
 import logging
+import logging.handlers
+import queue
 import sys
 import time
 from pathlib import Path
@@ -31,6 +33,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     parser.add_argument(
         "--size", type=int, metavar="N", help="warm containers to keep (default: the configuration's, or 5)"
     )
+    parser.add_argument("--log-json", action="store_true", help="write each line of the log as a JSON object")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     add_state_dir(parser)
     parser.set_defaults(function=_serve)
@@ -69,20 +72,34 @@ def _serve(arguments: argparse.Namespace) -> int:
         )
     from lxc_pool.backend.lxc.engine import LxcBackend
     from lxc_pool.service import daemon
-    from lxc_pool.service.lanes import LOG_FORMAT
 
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.verbose else logging.INFO, format=LOG_FORMAT, stream=sys.stderr
-    )
     configuration = config.load(arguments.config, size=arguments.size)
     state_dir = arguments.state_dir.absolute()
-    backend = LxcBackend(state_dir)
+    backend = LxcBackend(state_dir, configuration.id_base)
 
     def ready(socket_path: str) -> None:
         print(f"ready {socket_path}", flush=True)
 
-    daemon.serve(configuration, backend, host_dir=arguments.host_dir.absolute(), state_dir=state_dir, ready=ready)
+    listener = _log_to_stderr(logging.DEBUG if arguments.verbose else logging.INFO, as_json=arguments.log_json)
+    try:
+        daemon.serve(configuration, backend, host_dir=arguments.host_dir.absolute(), state_dir=state_dir, ready=ready)
+    finally:
+        listener.stop()
     return 0
+
+
+def _log_to_stderr(level: int, *, as_json: bool) -> logging.handlers.QueueListener:
+    """Write the log from a thread of its own: whoever logs may hold a lock, and must not wait for a slow reader."""
+    from lxc_pool.service.lanes import LOG_FORMAT
+    from lxc_pool.service.trail import JsonFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(LOG_FORMAT))
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    listener = logging.handlers.QueueListener(records, handler)
+    listener.start()
+    logging.basicConfig(level=level, handlers=[logging.handlers.QueueHandler(records)])
+    return listener
 
 
 def _image_ls(arguments: argparse.Namespace) -> int:

@@ -5,47 +5,125 @@ from __future__ import annotations
 import dataclasses
 import grp
 import os
+import pwd
 import socket
+import struct
+from pathlib import Path
 
-from lxc_pool.errors import AccessDenied
+import psutil
+
+from lxc_pool.config import Config
+from lxc_pool.errors import AccessDenied, ConfigError
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.wire.channel import credentials
+
+_SO_PEERGROUPS = 59
+"""Not in Python's socket module. Source: Linux include/uapi/asm-generic/socket.h."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Peer:
-    """The process that opened a connection, and the user it ran as then."""
+    """The process that opened a connection, and whom it ran as then.
+
+    Attributes:
+        groups: Its groups, the supplementary ones too.
+        program: What it calls itself, for the log: its own word.
+        is_admin: Whether it may shut the service down, resize and drain the pool, and see and touch all leases.
+    """
 
     process: ProcessIdentity
     uid: int
-    gid: int
-
-    @property
-    def is_admin(self) -> bool:
-        """Whether the peer may shut the service down, resize and drain the pool, and see all leases."""
-        return self.uid == 0 or self.uid == os.geteuid()
+    groups: frozenset[int]
+    program: str
+    is_admin: bool
 
     @property
     def lease_scope(self) -> int | None:
         """The uid whose leases the peer may touch; None: anybody's."""
         return None if self.is_admin else self.uid
 
+    def __str__(self) -> str:
+        return f"pid {self.process.pid} ({self.program}) of uid {self.uid}"
 
-def peer_of(sock: socket.socket) -> Peer:
-    """Return who opened the connection *sock*.
 
-    Raises:
-        AccessDenied: The kernel does not say: the peer is in a pid namespace of its own, or has ended.
-    """
-    pid, uid, gid = credentials(sock)
-    if pid == 0:
-        raise AccessDenied(
-            "your process has no pid here: connect from the pid namespace of the service or a child of it"
-        )
-    try:
-        return Peer(identify(pid), uid, gid)
-    except ProcessLookupError as error:
-        raise AccessDenied(f"process {pid}, which opened the connection, has ended") from error
+class Policy:
+    """Who may use the service, administrate it, and have which containers. Immutable."""
+
+    def __init__(self, config: Config) -> None:
+        """Look up the names of the configuration.
+
+        Raises:
+            ConfigError: The host has no such user or group.
+        """
+        self._group = _gid(config.group)
+        self._users = None if config.users is None else frozenset(map(_uid, config.users))
+        self._admins = frozenset({0, os.geteuid(), *map(_uid, config.admins)})
+        self._allowed = {
+            profile.name: None
+            if profile.allow is None
+            else (
+                frozenset(_uid(name) for name in profile.allow if not name.startswith("@")),
+                frozenset(_known_gid(name[1:]) for name in profile.allow if name.startswith("@")),
+            )
+            for profile in config.profiles
+        }
+        self._privileged = {profile.name for profile in config.profiles if profile.privileged}
+
+    @property
+    def group(self) -> int:
+        """The gid that may enter the host dir; root's if the host does not have the group."""
+        return 0 if self._group is None else self._group
+
+    def peer_of(self, sock: socket.socket) -> Peer:
+        """Return who opened the connection *sock*.
+
+        Raises:
+            AccessDenied: The kernel does not say: the peer is in a pid namespace of its own, or has ended.
+        """
+        pid, uid, gid = credentials(sock)
+        if pid == 0:
+            raise AccessDenied(
+                "your process has no pid here: connect from the pid namespace of the service or a child of it"
+            )
+        try:
+            process = identify(pid)
+            program = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+        except (ProcessLookupError, FileNotFoundError) as error:
+            raise AccessDenied(f"process {pid}, which opened the connection, has ended") from error
+        printable = "".join(character if character.isprintable() else "?" for character in program)
+        return Peer(process, uid, frozenset({gid, *_peer_groups(sock)}), printable, uid in self._admins)
+
+    def require_user(self, peer: Peer) -> None:
+        """Refuse whoever may not use the service at all.
+
+        Raises:
+            AccessDenied: The message says whom to ask.
+        """
+        if peer.is_admin:
+            return
+        if self._group not in peer.groups:
+            raise AccessDenied(
+                f"uid {peer.uid} is not in the service's group: ask the administrator to put you into it"
+            )
+        if self._users is not None and peer.uid not in self._users:
+            raise AccessDenied(f"uid {peer.uid} is not among the service's users: ask the administrator to add you")
+
+    def require_profile(self, peer: Peer, profile: str) -> None:
+        """Refuse whoever may not have containers of a profile.
+
+        Raises:
+            AccessDenied: The message says why.
+        """
+        if peer.is_admin:
+            return
+        allowed = self._allowed.get(profile)
+        if allowed is None:
+            if profile in self._privileged:
+                raise AccessDenied(
+                    f"profile {profile!r} is privileged: its root is the host's, so administrators alone may have it"
+                )
+        elif peer.uid not in allowed[0] and not peer.groups & allowed[1]:
+            raise AccessDenied(f"uid {peer.uid} is not among those whom profile {profile!r} is allowed to")
 
 
 def owner_of(peer: Peer, pid: int | None) -> ProcessIdentity:
@@ -59,18 +137,43 @@ def owner_of(peer: Peer, pid: int | None) -> ProcessIdentity:
         return peer.process
     try:
         owner = identify(pid)
-        uid = os.stat(f"/proc/{pid}").st_uid
+        uid = psutil.Process(pid).uids().real  # not the owner of /proc/PID, which is root's where it is undumpable
         os.close(os.pidfd_open(pid))  # fails for the id of a thread, which /proc has too but nobody can watch
-    except OSError as error:
+        if identify(pid) != owner:
+            raise ProcessLookupError("it has just ended")
+    except (OSError, psutil.Error) as error:
         raise ValueError(f"owner must be the pid of a living process, not {pid} ({error})") from error
     if uid != peer.uid and not peer.is_admin:
         raise AccessDenied(f"process {pid} is not yours: it runs as uid {uid}, you as {peer.uid}")
     return owner
 
 
-def service_group(name: str) -> int:
-    """Return the gid of the group that may use the service; root's if the host does not have that group."""
+def _peer_groups(sock: socket.socket) -> tuple[int, ...]:
+    """Return the supplementary groups of a connection's other end. Source: unix(7) of Linux 4.13 and later."""
+    size = 4096
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, size)
+    except OSError:  # more than a thousand groups, or an old kernel: then the primary one counts alone
+        return ()
+    return struct.unpack(f"{len(data) // 4}I", data)
+
+
+def _uid(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError as error:
+        raise ConfigError(f"this host has no user {name!r}, which the configuration names") from error
+
+
+def _gid(name: str) -> int | None:
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
-        return 0
+        return None
+
+
+def _known_gid(name: str) -> int:
+    gid = _gid(name)
+    if gid is None:
+        raise ConfigError(f"this host has no group {name!r}, which the configuration names")
+    return gid

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -25,7 +26,7 @@ from lxc_pool.config import Config
 from lxc_pool.execution.launcher import Launcher
 from lxc_pool.model import State
 from lxc_pool.service import directories
-from lxc_pool.service.access import service_group
+from lxc_pool.service.access import Policy
 from lxc_pool.service.directories import name_prefix
 from lxc_pool.service.dispatcher import Dispatcher
 from lxc_pool.service.lanes import ProcessLane, stop_fork_server
@@ -77,7 +78,7 @@ def serve(
         HostDirError: Another service has one of the directories, or one is not fit for use.
     """
     _raise_descriptor_limit()
-    group = service_group(config.group)
+    group = Policy(config).group
     with contextlib.ExitStack() as stack:
         instance = stack.enter_context(directories.state_dir(state_dir))
         key = stack.enter_context(directories.host_dir(host_dir, group))
@@ -93,7 +94,15 @@ def serve(
         ledger = Ledger(state_dir / "ledger.db")
         stack.callback(ledger.close)
         entries = ledger.open()
-        pool = Pool(config, lanes, watchdog, ledger, new_name=_names(instance).__next__, wake=dispatcher.wake)
+        pool = Pool(
+            config,
+            lanes,
+            watchdog,
+            ledger,
+            new_name=_names(instance).__next__,
+            wake=dispatcher.wake,
+            obstacle=functools.partial(_obstacle, state_dir, config.min_free),
+        )
         stack.callback(pool.let_go)
         present = [name for name in backend.names() if name.startswith(name_prefix(instance))]
         pool.restore(judge(entries, present, config, backend.newest, watchdog.now()))
@@ -126,6 +135,15 @@ def serve(
         service.stopped.set()
         server.close_sessions(timeout=5.0)
     log.info("the service has ended")
+
+
+def _obstacle(state_dir: Path, min_free: int) -> str | None:
+    """Return why nothing can be created, if the state dir has too little room."""
+    status = os.statvfs(state_dir)
+    free = status.f_bavail * status.f_frsize
+    if free >= min_free:
+        return None
+    return f"{free >> 20} MiB are free in {state_dir}, min_free is {min_free >> 20} MiB: make room, or change it"
 
 
 def _end(pool: Pool, ending: Ending, server: PoolServer) -> None:

@@ -20,9 +20,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from lxc_pool.config import Config, check_size
-from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
+from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, QuotaExceeded, UnknownLease
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, ProfileStatus, State
+from lxc_pool.service import trail
 from lxc_pool.service.lanes import Lane
 from lxc_pool.service.ledger import Entry, Journal
 from lxc_pool.service.lifecycle import Lease, Member, Reason
@@ -46,6 +47,14 @@ class WarmWait:
     count: int | None
     notify: Callable[[], None]
     reached: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quota:
+    """How many containers one user may have or wait for, and how many of its calls may wait."""
+
+    leases: int
+    waiters: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +90,7 @@ class Pool:
         *,
         new_name: Callable[[], str],
         wake: Callable[[], None],
+        obstacle: Callable[[], str | None] = lambda: None,
         rng: random.Random | None = None,
     ) -> None:
         """Make a pool; nothing happens before the first `dispatch`.
@@ -92,6 +102,7 @@ class Pool:
             journal: Where it is written down what there is.
             new_name: Returns a name that no container has or had.
             wake: Called, with the lock held, when `dispatch` should be called soon.
+            obstacle: Returns why nothing can be created now, if that is so.
             rng: For the jitter of pauses.
         """
         self._config = config
@@ -104,6 +115,7 @@ class Pool:
             lanes,
             watch,
             new_name=new_name,
+            obstacle=obstacle,
             came_up=self._put_on_shelf,
             failed=functools.partial(self._reap, reason=Reason.START_FAILED),
             init_died=self._init_died,
@@ -117,11 +129,16 @@ class Pool:
 
     # --- what callers ask ---------------------------------------------------------------------------------------------
 
-    def request(self, ticket: Ticket) -> None:
+    def request(self, ticket: Ticket, quota: Quota | None = None) -> None:
         """Reserve a container for *ticket*, or queue it; a repeated request finds what the first one got.
+
+        Args:
+            ticket: The wish.
+            quota: What its user may have; None: any number.
 
         Raises:
             PoolClosed, PoolDraining: Nothing is handed out.
+            QuotaExceeded: The user has, or waits for, as many as it may.
             ValueError: Unknown profile, or the owner is dead.
         """
         self._config.profile(ticket.profile)
@@ -140,6 +157,8 @@ class Pool:
                 # The client has lost the connection that it waited on, before we noticed.
                 self._leave_queue(earlier)
                 self._answer(earlier, PoolClosed("the same request came again, on a newer connection"))
+            if quota is not None:
+                self._require_room(ticket.uid, quota)
             shelf = self._stock.shelves[ticket.profile]
             shelf.waiters.push(ticket)
             self._waiting[ticket.uid, ticket.request] = ticket
@@ -483,6 +502,16 @@ class Pool:
             ticket.offer = member
             self._answer(ticket)
 
+    def _require_room(self, uid: int, quota: Quota) -> None:
+        waiting = sum(user == uid for user, _request in self._waiting)
+        having = sum(user == uid for user, _request in self._requests)
+        if waiting >= quota.waiters:
+            raise QuotaExceeded(f"uid {uid} has {waiting} calls waiting, as many as one user may")
+        if having + waiting >= quota.leases:
+            raise QuotaExceeded(
+                f"uid {uid} has {having} containers and waits for {waiting}, as many as one user may: release some"
+            )
+
     def _take_back(self, member: Member) -> None:
         """Put a reserved container back: nobody has used it."""
         self._end_lease(member)
@@ -523,12 +552,25 @@ class Pool:
             if len(self._ended) > _REMEMBERED:
                 self._ended.popitem(last=False)
         if member.lease is not None:
+            if member.state is State.LEASED:
+                self._record_end(member, member.lease, reason)
             self._end_lease(member)
         if member.init is not None:
             self._watch.forget(member.init)
             member.init = None
         member.reason = reason
         self._stock.move(member, State.REAPING)
+
+    def _record_end(self, member: Member, lease: Lease, reason: Reason) -> None:
+        trail.record(
+            "end",
+            name=member.name,
+            reason=reason,
+            id=lease.id,
+            uid=lease.uid,
+            owner=lease.owner.pid if lease.owner else None,
+            seconds=self._watch.now() - member.since,
+        )
 
     def _end_lease(self, member: Member) -> None:
         if member.lease is not None:

@@ -26,8 +26,12 @@ from lxc_pool.manager import SERIALIZER, PoolManager, connect_channel
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.service import PoolService
 from lxc_pool.service.session import Session
+from lxc_pool.wire.channel import credentials
 
 log = logging.getLogger(__name__)
+
+_MAX_STRANGERS = 64
+"""Connections of one user that have not proved themselves yet: each is a thread. A guess: that takes a millisecond."""
 
 _BACKLOG = 512
 """Connections that may wait to be accepted. A guess: many times the clients that start at one moment."""
@@ -108,6 +112,7 @@ class PoolServer(managers.Server):
         """Name what is served."""
         self._service, self._pool, self._confirm_timeout = service, pool, confirm_timeout
         service.client_count = lambda: len(self._sessions)
+        service.connections_of = self._connections_of
 
     def open(self) -> None:
         """Begin to accept connections."""
@@ -151,6 +156,10 @@ class PoolServer(managers.Server):
         if self._service is None or self._pool is None:
             conn.close()
             return
+        uid = credentials(conn)[1]
+        if self._strangers_of(uid) >= _MAX_STRANGERS:
+            conn.close()  # it may come again when those that are there have proved themselves, or have been dropped
+            return
         session = Session(conn, self._key, self._service, self._pool, self._confirm_timeout)
         thread = threading.Thread(target=self._run, args=(session,), name="session", daemon=True)
         with self._lock:
@@ -175,6 +184,14 @@ class PoolServer(managers.Server):
             session.end()
         for thread in threads.values():
             thread.join(timeout)
+
+    def _connections_of(self, uid: int) -> int:
+        with self._lock:
+            return sum(session.uid == uid for session in self._sessions)
+
+    def _strangers_of(self, uid: int) -> int:
+        with self._lock:
+            return sum(session.uid == uid and not session.let_in for session in self._sessions)
 
     def _run(self, session: Session) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -10,13 +11,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from lxc_pool.config import Config
-from lxc_pool.errors import AccessDenied, LeaseExpired
+from lxc_pool.errors import AccessDenied, LeaseExpired, QuotaExceeded
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.protocol import ExecRequest, ProtocolError
 from lxc_pool.host import addresses
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
-from lxc_pool.service.access import Peer, owner_of
-from lxc_pool.service.pool import Pool, WarmWait
+from lxc_pool.service import trail
+from lxc_pool.service.access import Peer, Policy, owner_of
+from lxc_pool.service.pool import Pool, Quota, WarmWait
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watched
 from lxc_pool.wire import messages
@@ -70,6 +72,7 @@ class PoolService:
             stop: Called with grace and keep_leases to end the service; returns at once.
         """
         self._config = config
+        self.policy = Policy(config)
         self._pool = pool
         self._launcher = launcher
         self._socket_path = socket_path
@@ -79,6 +82,7 @@ class PoolService:
         self.stopped = threading.Event()
         self.stopping = False
         self.client_count: Callable[[], int] = lambda: 0
+        self.connections_of: Callable[[int], int] = lambda _uid: 0
 
     def answer(self, caller: Caller, call: messages.AnyCall, descriptors: list[int]) -> Any:
         """Do what *call* asks and return its result.
@@ -91,8 +95,9 @@ class PoolService:
             case messages.Get():
                 return self._get(caller, call)
             case messages.Confirm(request):
-                caller.after_answer(self._pool.refill)
-                return self._pool.confirm(caller.peer.uid, request)
+                info = self._pool.confirm(caller.peer.uid, request)
+                caller.after_answer(functools.partial(self._after_confirmation, caller.peer, info))
+                return info
             case messages.Abandon(request):
                 return self._pool.abandon(caller.peer.uid, request)
             case messages.Echo(text):
@@ -124,7 +129,8 @@ class PoolService:
             case messages.Renew(name, ttl):
                 return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl))
             case messages.Keep(name, ttl):
-                return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl), drop_owner=True)
+                ttl = min(_check_seconds("ttl", ttl), self._config.max_keep)
+                return self._pool.set_ttl(name, scope, ttl, drop_owner=True)
 
     def _administer(self, peer: Peer, call: messages.AdminCall) -> None:
         """Do what only an administrator may ask."""
@@ -141,6 +147,16 @@ class PoolService:
             case messages.Shutdown(grace, keep_leases):
                 self._stop(_check_seconds("grace", grace), keep_leases)
                 self.stopped.wait()
+
+    def require_connection(self, peer: Peer) -> None:
+        """Refuse a user's connection beyond those that one may have.
+
+        Raises:
+            QuotaExceeded: It is one too many.
+        """
+        limit = self._config.max_connections
+        if not peer.is_admin and self.connections_of(peer.uid) > limit:
+            raise QuotaExceeded(f"uid {peer.uid} has {limit} connections already: close some, or ask for more")
 
     def status(self) -> PoolStatus:
         """Return the counts of everything."""
@@ -177,8 +193,10 @@ class PoolService:
             _check_seconds("ttl", call.ttl)
         identity: LeaseId = check_id(call.id)
         owner = owner_of(caller.peer, call.owner)
+        self.policy.require_profile(caller.peer, call.profile)
         ticket = Ticket(call.request, caller.peer.uid, call.profile, identity, owner, call.ttl, caller, caller.notify)
-        self._pool.request(ticket)
+        quota = None if caller.peer.is_admin else Quota(self._config.max_leases, self._config.max_waiters)
+        self._pool.request(ticket, quota)
         if not ticket.answered and call.timeout != 0:
             try:
                 caller.wait(lambda: ticket.answered, call.timeout)
@@ -194,6 +212,20 @@ class PoolService:
             return words
         caller.offered(call.request)
         return messages.Offer(ticket.offer.name, ticket.offer.profile)
+
+    def _after_confirmation(self, peer: Peer, info: ContainerInfo | None) -> None:
+        self._pool.refill()
+        if info is not None:
+            trail.record(
+                "lease",
+                name=info.name,
+                id=info.id,
+                uid=peer.uid,
+                pid=peer.process.pid,
+                program=peer.program,
+                owner=info.owner_pid,
+                profile=info.profile,
+            )
 
     def _await_warm(self, caller: Caller, count: int | None, timeout: float | None) -> PoolStatus:
         wait = WarmWait(count, caller.notify)

@@ -18,12 +18,13 @@ import socket
 import time
 from collections.abc import Callable
 
-from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError
-from lxc_pool.service.access import Peer, peer_of
+from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError, QuotaExceeded, UnknownLease
+from lxc_pool.service import trail
+from lxc_pool.service.access import Peer
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.service import PoolService
 from lxc_pool.wire import handshake, messages
-from lxc_pool.wire.channel import Channel, ProtocolError
+from lxc_pool.wire.channel import Channel, ProtocolError, credentials
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class Session:
         self._wake = -1
         self._offer: str | None = None
         self._last_call = False
+        self.uid = credentials(sock)[1]
+        self.let_in = False
         self._work: Callable[[], None] | None = None
 
     @property
@@ -63,13 +66,14 @@ class Session:
         """Serve the connection until it ends; closes it."""
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            if self._let_in():
+            self.let_in = self._let_in()
+            if self.let_in:
                 while self._serve_one():
                     pass
         except EOFError:
             pass
         except (ProtocolError, AuthenticationFailed, TimeoutError) as error:
-            log.warning("connection of %s ended: %s", self._peer or "an unknown client", error)
+            self._record_refusal(error)
         except OSError as error:
             log.info("connection of %s broke: %s", self._peer, error)
         except Exception:  # one connection's bug must not end the service; the log has it
@@ -120,10 +124,12 @@ class Session:
     def _let_in(self) -> bool:
         """Find out who the client is and let it prove itself; return whether it may go on."""
         self._channel.deadline = time.monotonic() + HANDSHAKE_TIMEOUT
-        denied: AccessDenied | None = None
+        denied: LxcPoolError | None = None
         try:
-            self._peer = peer_of(self._socket)
-        except AccessDenied as error:
+            self._peer = self._service.policy.peer_of(self._socket)
+            self._service.policy.require_user(self._peer)
+            self._service.require_connection(self._peer)
+        except (AccessDenied, QuotaExceeded) as error:
             denied = error
         handshake.prove_to_client(self._channel, self._key)
         call = messages.decode_call(self._channel.recv_bytes(256))
@@ -134,6 +140,8 @@ class Session:
                 f"this service speaks version {messages.PROTOCOL} of the protocol, the client {call.protocol}: "
                 "install the same lxc-pool on both sides"
             )
+        if denied is not None:
+            self._record_refusal(denied)
         self._send(messages.encode_failure(denied) if denied else messages.encode_result(messages.PROTOCOL))
         return denied is None
 
@@ -157,6 +165,9 @@ class Session:
             self._pool.take_back(self.peer.uid, offer, self)
         try:
             reply = messages.encode_result(self._service.answer(self, call, descriptors))
+        except (AccessDenied, QuotaExceeded, UnknownLease) as error:
+            self._record_refusal(error)
+            reply = messages.encode_failure(error)
         except (LxcPoolError, TypeError, ValueError) as error:
             reply = messages.encode_failure(error)
         except (EOFError, OSError, ProtocolError):
@@ -174,6 +185,11 @@ class Session:
             if work is not None:
                 work()
         return not (self._last_call and self._service.stopped.is_set())
+
+    def _record_refusal(self, error: Exception) -> None:
+        pid, uid, _gid = self._channel.peer
+        program = self._peer.program if self._peer else None
+        trail.record("refusal", uid=uid, pid=pid, program=program, kind=type(error).__name__, why=str(error))
 
     def _send(self, reply: bytes) -> None:
         self._channel.deadline = time.monotonic() + MESSAGE_TIMEOUT

@@ -28,6 +28,10 @@ _DESTROY_PAUSES = (0.1, 0.5, 2.0, 10.0, 60.0)
 """Seconds until a failed removal is tried again, by how often it has failed; the last one for ever after. Guesses."""
 
 
+_ROOM_PAUSE = 2.0
+"""Seconds until it is looked again whether an obstacle is gone. A guess: "within seconds" is what the pool promises."""
+
+
 class JobTimeout(LxcPoolError):
     """A job took longer than it may; its lane was killed."""
 
@@ -52,6 +56,7 @@ class Upkeep:
         watch: Watch,
         *,
         new_name: Callable[[], str],
+        obstacle: Callable[[], str | None],
         came_up: Callable[[Member], None],
         failed: Callable[[Member], None],
         init_died: Callable[[str], None],
@@ -64,6 +69,7 @@ class Upkeep:
             lanes: Who does the work; opened and closed by the caller.
             watch: The clock, and who notices deaths.
             new_name: Returns a name that no container has or had.
+            obstacle: Returns why nothing can be created now, if that is so.
             came_up: Called, with the lock held, for a container that is up and watched.
             failed: Called, with the lock held, for one that is not.
             init_died: Called when the init of a container has ended.
@@ -72,6 +78,8 @@ class Upkeep:
         self._stock = stock
         self._watch = watch
         self._new_name = new_name
+        self._obstacle = obstacle
+        self._obstructed = False
         self._came_up = came_up
         self._failed = failed
         self._init_died = init_died
@@ -79,7 +87,8 @@ class Upkeep:
 
     def dispatch(self) -> None:
         """Give every idle lane what is to be done next."""
-        while (pick := self._choose()) is not None:
+        obstacle = self._obstacle()
+        while (pick := self._choose(obstacle)) is not None:
             slot, job = pick
             timeout = self._config.image_timeout if isinstance(job, PrepareJob) else self._config.create_timeout
             timer = self._watch.call_at(self._watch.now() + timeout, functools.partial(self._overdue, slot, job))
@@ -88,16 +97,16 @@ class Upkeep:
                     slot.timer = timer
             slot.lane.start(job, functools.partial(self._done, slot, job))
 
-    def _choose(self) -> tuple[Slot, Job] | None:
+    def _choose(self, obstacle: str | None) -> tuple[Slot, Job] | None:
         """Take one idle lane and the job for it; None if there is no such pair."""
         with self._stock.lock:
             slot = next((slot for slot in self._slots if slot.job is None), None)
             if slot is None:
                 return None
-            slot.job = self._next_job()
+            slot.job = self._next_job(obstacle)
             return None if slot.job is None else (slot, slot.job)
 
-    def _next_job(self) -> Job | None:
+    def _next_job(self, obstacle: str | None) -> Job | None:
         """Choose: somebody waits → create; else remove what is to be removed; else create."""
         stock, now = self._stock, self._watch.now()
         shelves = [] if stock.closed or stock.draining else list(stock.shelves.values())
@@ -106,6 +115,9 @@ class Upkeep:
                 shelf.preparing = True
                 return PrepareJob(shelf.profile.image)
         wanting = [shelf for shelf in shelves if shelf.wants_container(now)]
+        if wanting and obstacle is not None:
+            self._await_room(obstacle, now)
+            wanting = []
         for shelf in wanting:
             if shelf.waiters and (creation := self._begin_creation(shelf, now)):
                 return creation
@@ -113,6 +125,18 @@ class Upkeep:
             name, member = stock.to_reap.popitem(last=False)
             return DestroyJob(name, force=member.retries > 0)
         return self._begin_creation(wanting[0], now) if wanting else None
+
+    def _await_room(self, obstacle: str, now: float) -> None:
+        """Look again in a while; nothing tells when a disk has room again."""
+        if not self._obstructed:
+            self._obstructed = True
+            self._stock.note_error(obstacle)
+            log.warning("nothing is created: %s", obstacle)
+            self._watch.call_at(now + _ROOM_PAUSE, self._look_again)
+
+    def _look_again(self) -> None:
+        self._obstructed = False
+        self._stock.wake()
 
     def _begin_creation(self, shelf: Shelf, now: float) -> CreateJob | None:
         assert shelf.image is not None, "a shelf without an image wants no container"

@@ -24,7 +24,7 @@ _UCRED = struct.Struct("3i")
 """pid, uid, gid. Source: unix(7), SO_PEERCRED."""
 
 _LONGEST_WAIT = 1e6
-"""Seconds of one wait at most: a socket's timeout is kept in 32 bits of milliseconds. Source: CPython, socketmodule.c."""
+"""Seconds of one wait at most: a timeout is kept in 32 bits of milliseconds. Source: CPython socketmodule.c."""
 
 _HEADER = struct.Struct("!i")
 _CHUNK = 16 * 1024

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import grp
 import os
+import pwd
 import socket
 import threading
 
 import pytest
 
-from lxc_pool.errors import AccessDenied
+from lxc_pool import config
+from lxc_pool.errors import AccessDenied, ConfigError
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.service import access
-from lxc_pool.service.access import Peer, owner_of, peer_of, service_group
+from lxc_pool.service.access import Peer, Policy, owner_of
 from tests.support.processes import NOBODY, sleeper
 
 
-def peer(uid: int | None = None) -> Peer:
-    return Peer(identify(os.getpid()), os.geteuid() if uid is None else uid, os.getegid())
+def peer(uid: int | None = None, *groups: int) -> Peer:
+    uid = os.geteuid() if uid is None else uid
+    return Peer(identify(os.getpid()), uid, frozenset(groups), "pytest", uid in (0, os.geteuid()))
 
 
-def test_the_peer_is_the_process_that_connected() -> None:
+def policy(text: str = "") -> Policy:
+    return Policy(config.parse(text, origin="test"))
+
+
+@pytest.fixture
+def someone() -> pwd.struct_passwd:
+    return pwd.getpwnam("nobody")
+
+
+def test_the_peer_is_the_process_that_connected_with_all_its_groups() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert peer_of(ours) == Peer(identify(os.getpid()), os.geteuid(), os.getegid())
+        found = policy().peer_of(ours)
+    assert (found.process, found.uid) == (identify(os.getpid()), os.geteuid())
+    assert found.groups == {os.getegid(), *os.getgroups()}
+    assert found.program in str(found)
 
 
 @pytest.mark.parametrize(("pid", "words"), [(0, "no pid here"), (2**22 + 1, "has ended")])
@@ -31,15 +46,88 @@ def test_a_peer_without_a_pid_here_is_refused(monkeypatch: pytest.MonkeyPatch, p
     monkeypatch.setattr(access, "credentials", lambda _sock: (pid, 0, 0))
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(AccessDenied, match=words):
-        peer_of(ours)
+        policy().peer_of(ours)
 
 
-def test_root_and_the_services_own_user_are_administrators() -> None:
-    assert peer(0).is_admin
-    assert peer(os.geteuid()).is_admin
-    assert peer(0).lease_scope is None
-    assert not peer(NOBODY).is_admin
-    assert peer(NOBODY).lease_scope == NOBODY
+def test_an_old_kernel_knows_the_primary_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "_SO_PEERGROUPS", 0xFFFF)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert policy().peer_of(ours).groups == {os.getegid()}
+
+
+def test_root_the_services_own_user_and_those_configured_are_administrators(
+    monkeypatch: pytest.MonkeyPatch, someone: pwd.struct_passwd
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for uid, text, expected in (
+            (0, "", True),
+            (os.geteuid(), "", True),
+            (someone.pw_uid, "", False),
+            (someone.pw_uid, f'[access]\nadmins = ["{someone.pw_name}"]', True),
+        ):
+            monkeypatch.setattr(access, "credentials", lambda _sock, uid=uid: (os.getpid(), uid, 0))
+            found = policy(text).peer_of(ours)
+            assert found.is_admin is expected
+            assert found.lease_scope == (None if expected else uid)
+
+
+def test_the_group_lets_in_and_users_narrow_it() -> None:
+    group = grp.getgrall()[-1]
+    open_to_group = policy(f'[access]\ngroup = "{group.gr_name}"')
+    assert open_to_group.group == group.gr_gid
+    open_to_group.require_user(peer(NOBODY, 1, group.gr_gid))
+    open_to_group.require_user(peer(0))
+    with pytest.raises(AccessDenied, match="not in the service's group"):
+        open_to_group.require_user(peer(NOBODY, 1))
+    narrowed = policy(f'[access]\ngroup = "{group.gr_name}"\nusers = ["daemon"]')
+    narrowed.require_user(peer(pwd.getpwnam("daemon").pw_uid, group.gr_gid))
+    with pytest.raises(AccessDenied, match="not among the service's users"):
+        narrowed.require_user(peer(NOBODY, group.gr_gid))
+
+
+def test_without_the_group_root_alone_is_let_in() -> None:
+    closed = policy('[access]\ngroup = "no-such-group"')
+    assert closed.group == 0
+    closed.require_user(peer(0))
+    with pytest.raises(AccessDenied):
+        closed.require_user(peer(NOBODY, 0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[access]\nusers = ["no-such-user"]',
+        '[access]\nadmins = ["no-such-user"]',
+        '[profile.p]\nallow = ["@no-such-group"]',
+    ],
+)
+def test_a_name_that_the_host_does_not_have_is_a_wrong_configuration(text: str) -> None:
+    with pytest.raises(ConfigError, match="no-such-"):
+        policy(text)
+
+
+def test_a_privileged_profile_is_for_administrators_unless_it_names_others(someone: pwd.struct_passwd) -> None:
+    group = grp.getgrall()[-1]
+    rules = policy(
+        f"""
+        [profile.plain]
+        [profile.root]
+        privileged = true
+        [profile.shared]
+        privileged = true
+        allow = ["{someone.pw_name}", "@{group.gr_name}"]
+        """
+    )
+    rules.require_profile(peer(1), "plain")
+    rules.require_profile(peer(0), "root")
+    rules.require_profile(peer(someone.pw_uid), "shared")
+    rules.require_profile(peer(1, group.gr_gid), "shared")
+    with pytest.raises(AccessDenied, match="privileged"):
+        rules.require_profile(peer(1), "root")
+    with pytest.raises(AccessDenied, match="not among those"):
+        rules.require_profile(peer(1), "shared")
 
 
 def test_the_owner_is_the_peer_unless_another_is_named() -> None:
@@ -84,12 +172,6 @@ def test_a_thread_is_no_owner_though_it_has_an_id() -> None:
     finally:
         go_on.set()
         thread.join()
-
-
-def test_the_services_group_is_roots_if_the_host_has_none_of_that_name() -> None:
-    group = grp.getgrall()[-1]
-    assert service_group(group.gr_name) == group.gr_gid
-    assert service_group("no such group") == 0
 
 
 def test_identities_of_other_boots_are_other_processes() -> None:

@@ -32,7 +32,7 @@ from lxc_pool.errors import (
 from lxc_pool.host.processes import identify
 from lxc_pool.model import ContainerInfo, PoolStatus, State
 from lxc_pool.service import access, server, session
-from lxc_pool.service.access import Peer
+from lxc_pool.service.access import Peer, Policy
 from lxc_pool.service.server import PoolServer, SocketListener, listen
 from lxc_pool.wire import handshake, messages
 from lxc_pool.wire.channel import Channel
@@ -285,7 +285,9 @@ def as_user(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let connections be those of another uid from now on."""
 
     def become(uid: int) -> None:
-        monkeypatch.setattr(session, "peer_of", lambda _sock: Peer(identify(os.getpid()), uid, uid))
+        someone = Peer(identify(os.getpid()), uid, frozenset({0}), "somebody", uid == 0)
+        monkeypatch.setattr(Policy, "peer_of", lambda _policy, _sock: someone)
+        monkeypatch.setattr(Policy, "require_user", lambda _policy, _peer: None)
 
     return become
 
@@ -636,11 +638,11 @@ def test_a_bug_of_ours_is_told_and_logged_and_the_connection_goes_on(
 def test_a_bug_before_anybody_is_let_in_ends_that_connection_only(
     service: MemoryService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(_sock: object) -> None:
+    def fail(_policy: object, _sock: object) -> None:
         raise KeyError("a bug")
 
     with others_go_on(service), monkeypatch.context() as patch, caplog.at_level(logging.ERROR, session.__name__):
-        patch.setattr(session, "peer_of", fail)
+        patch.setattr(Policy, "peer_of", fail)
         with service.raw() as sock:
             assert ended(sock)
         patch.undo()
