@@ -222,10 +222,3 @@ def test_images_are_built_and_listed(shared_service: Service, tmp_path: Path) ->
     unknown = shared_service.cli("image", "build", "slackware", "--state-dir", state_dir)
     assert unknown.returncode == 5
     assert "lxc-pool image build busybox" in unknown.stderr
-
-
-def test_serve_announces_its_socket_and_ends_by_ctrl_c(service: Service) -> None:
-    service.launch(size=1)
-    service.await_ready()  # which looks at the line
-    service.stop(signal.SIGINT)
-    assert service.log.endswith("the service has ended\n")

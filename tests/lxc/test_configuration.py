@@ -33,7 +33,7 @@ def test_a_container_is_warm_once_its_profiles_probe_has_succeeded(service: Serv
 
 def test_a_probe_that_never_succeeds_is_told_with_what_it_said(service: Service) -> None:
     probe = 'probe = ["sh", "-c", "echo no database >&2; exit 7"]'
-    config = f"[pool]\nsize = 1\nworkers = 1\ncreate_timeout = 1\n[profile.default]\n{probe}\n"
+    config = f"[pool]\nsize = 1\nworkers = 1\ncreate_timeout = 2\n[profile.default]\n{probe}\n"
     pool = service.start(config=config)
     eventually(lambda: pool.status().error_count, "it has failed")
     error = pool.status().last_error or ""
