@@ -276,7 +276,12 @@ def say(channel: Channel, call: messages.Call) -> object:
 
 @contextlib.contextmanager
 def memory_service(
-    size: int = 2, *, workers: int = 1, confirm_timeout: float = 5.0, profiles: tuple[ProfileConfig, ...] = ()
+    size: int = 2,
+    *,
+    workers: int = 1,
+    confirm_timeout: float = 5.0,
+    profiles: tuple[ProfileConfig, ...] = (),
+    group: str = "no such group",
 ) -> Iterator[MemoryService]:
     """Run a service in a short directory that every user may enter; nothing is left of it afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="lxp-test-"))
@@ -287,7 +292,7 @@ def memory_service(
             profiles=profiles or (ProfileConfig("default", size),),
             workers=workers,
             confirm_timeout=confirm_timeout,
-            group="no such group",
+            group=group,
         )
         with MemoryService(directory, config) as service:
             yield service

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import grp
 import logging
 import math
 import multiprocessing
@@ -568,11 +569,7 @@ def test_whoever_may_not_connect_is_told_which_group_to_be_in(service: MemorySer
 
 
 @needs_root
-def test_whoever_may_connect_is_a_user_but_no_administrator(service: MemoryService) -> None:
-    service.host_dir.chmod(0o755)
-    hostdir.key_path(service.host_dir).chmod(0o644)
-    service.socket_path.chmod(0o666)
-
+def test_whoever_is_in_the_group_is_a_user_but_no_administrator() -> None:
     def act() -> tuple[object, ...]:
         with PoolManager.connect(service.host_dir, timeout=SOON) as pool, pool.lease("x", SOON) as container:
             try:
@@ -581,10 +578,21 @@ def test_whoever_may_connect_is_a_user_but_no_administrator(service: MemoryServi
                 return container.state, str(error)
             return ()
 
-    state, words = as_nobody(act)
-    assert state is State.LEASED
-    assert f"you are uid {NOBODY}" in words
-    service.reaches(leased=0)
+    with memory_service(1, group=grp.getgrgid(NOBODY).gr_name) as service:
+        state, words = as_nobody(act)
+        assert state is State.LEASED
+        assert f"you are uid {NOBODY}" in words
+        service.reaches(leased=0)
+
+
+@needs_root
+def test_whoever_could_connect_but_is_not_in_the_group_is_refused_by_the_service(service: MemoryService) -> None:
+    service.host_dir.chmod(0o755)
+    hostdir.key_path(service.host_dir).chmod(0o644)
+    service.socket_path.chmod(0o666)
+    kind, words = as_nobody(lambda: PoolManager.connect(service.host_dir, timeout=SOON))
+    assert kind is AccessDenied
+    assert "not in the service's group" in words
 
 
 # --- a service that goes away -----------------------------------------------------------------------------------------
@@ -931,7 +939,7 @@ def test_a_connection_that_is_not_closed_is_closed_by_the_collector(service: Mem
 IMPORTS = """
 import sys
 import lxc_pool, lxc_pool.client.pool
-heavy = [name for name in sys.modules if name.split(".")[0] in ("lxc", "_lxc", "psutil", "sqlite3")]
+heavy = [name for name in sys.modules if name.split(".")[0] in ("lxc", "_lxc", "psutil")]
 print(heavy + [name for name in sys.modules if name.startswith(("lxc_pool.service", "lxc_pool.backend"))])
 """
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import psutil
 import pytest
@@ -70,7 +71,7 @@ class Daemon:
     def containers(self) -> list[str]:
         return sorted(path.name for path in (self.directory / "containers").iterdir())
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
