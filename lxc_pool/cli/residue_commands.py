@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lxc_pool.cli.options import add_state_dir
 from lxc_pool.cli.output import print_json
-from lxc_pool.errors import BackendError
+from lxc_pool.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from lxc_pool.host.residue import Trace
@@ -28,7 +28,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
         "--all", action="store_true", help="uninstall: live leases, images, the state dir and the host dir too"
     )
     cleanup.add_argument(
-        "--older-than", type=float, default=0.0, metavar="S", help="only what has been there for so many seconds"
+        "--older-than", type=_seconds, metavar="S", help="only what has been there for so many seconds; not with --all"
     )
     cleanup.set_defaults(function=_cleanup)
     for parser in (audit, cleanup):
@@ -57,18 +57,22 @@ def _cleanup(arguments: argparse.Namespace) -> int:
     from lxc_pool.service import audit
 
     state_dir, host_dir = arguments.state_dir.absolute(), arguments.host_dir.absolute()
+    if arguments.all and arguments.older_than is not None:
+        raise ConfigError("--all removes everything, however young: leave --older-than out")
     try:
         report = audit.audit(state_dir, host_dir, everything=arguments.all)
     except BackendError as error:
         print(f"lxc-pool: {error}; nothing was removed", file=sys.stderr)
         return 2
     if arguments.all:
-        audit.refuse_if_running(state_dir)
-    report = audit.only_older(report, arguments.older_than)
+        audit.refuse_if_running(state_dir, host_dir)
+    if arguments.older_than is not None:
+        report = audit.only_older(report, arguments.older_than)
     if not arguments.execute:
         return _say_what_would_go(arguments, report)
     removals = audit.clean(report, state_dir)
     problems = [f"{removal.finding.detail}: {removal.problem}" for removal in removals if removal.problem]
+    gone = len(removals) - len(problems)
     if arguments.all and not problems:
         problems += audit.uninstall(state_dir, host_dir)
     if arguments.json:
@@ -80,7 +84,7 @@ def _cleanup(arguments: argparse.Namespace) -> int:
             print(f"{removal.finding.kind} {removal.finding.name}: {removal.finding.detail}: {outcome}")
         for problem in problems:
             print(f"lxc-pool: {problem}", file=sys.stderr)
-        print(f"{len(removals) - len(problems)} removed, {len(problems)} not" if removals or problems else "clean")
+        print(f"{gone} removed, {len(problems)} not" if removals or problems else "clean")
     return 5 if problems else 0
 
 
@@ -94,6 +98,13 @@ def _say_what_would_go(arguments: argparse.Namespace, report: Report) -> int:
         print(f"would remove {arguments.state_dir} and {arguments.host_dir}")
     print("clean" if not report.findings else "add --execute to do it")
     return 1 if report.findings else 0
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
 
 
 def _as_dict(trace: Trace) -> dict[str, object]:

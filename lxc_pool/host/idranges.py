@@ -44,11 +44,9 @@ def take(
         if first in taken or any(first < end and start < first + SIZE for start, end in given_away):
             continue
         try:
-            descriptor = os.open(registry / str(first), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            _write_new(registry, str(first), holder)
         except FileExistsError:
             continue  # another lane or service was faster
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(holder)
         return first
     raise CloneFailed(f"no range of {SIZE} ids is free from {base} up: {len(taken)} are taken, see {registry}")
 
@@ -78,6 +76,25 @@ def held(*, registry: Path = REGISTRY) -> Iterator[tuple[Path, str]]:
             with contextlib.suppress(FileNotFoundError):
                 path = registry / name
                 yield path, path.read_text(encoding="utf-8", errors="replace")
+
+
+def _write_new(directory: Path, name: str, text: str) -> None:
+    """Make a file with *text* in it, at once: one without a holder, from a lane that was killed, would be nobody's."""
+    descriptor = os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file, _opened(directory) as place:
+        file.write(text.encode())
+        file.flush()
+        # With a directory's descriptor, Python calls linkat(2), which can follow this link. Source: open(2), O_TMPFILE.
+        os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=place, follow_symlinks=True)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _subordinate_ids(files: Iterable[Path]) -> Iterator[tuple[int, int]]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import socket
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Literal
 
 import psutil
 
-from lxc_pool.host import cgroups
+from lxc_pool.host import cgroups, idranges, locks
 from lxc_pool.host.processes import ProcessIdentity, identify
 
 Kind = Literal["container", "process", "cgroup", "mount", "directory", "netdev", "lock", "socket"]
@@ -36,7 +34,8 @@ class Trace:
         detail: Where or what it is, for people.
         age: Seconds since it came to be, as far as can be told.
         process: For a process.
-        path: For all else but a network device.
+        path: For all else.
+        holder: For a range of ids: who has it, as the file says; it may be another's the next moment.
     """
 
     kind: Kind
@@ -45,6 +44,7 @@ class Trace:
     age: float
     process: ProcessIdentity | None = None
     path: Path | None = None
+    holder: str | None = None
 
 
 def traces(prefix: str, lxcpath: Path, host_dir: Path) -> tuple[Trace, ...]:
@@ -59,9 +59,10 @@ def traces(prefix: str, lxcpath: Path, host_dir: Path) -> tuple[Trace, ...]:
         *_processes(prefix, lxcpath),
         *_mounts(prefix, lxcpath),
         *_cgroups(prefix),
-        *_directories(lxcpath),
+        *_directories(prefix, lxcpath),
         *_netdevs(prefix),
         *_locks(prefix, lxcpath),
+        *_id_ranges(prefix, lxcpath),
         *_sockets(host_dir),
     )
 
@@ -74,13 +75,17 @@ def is_there(trace: Trace) -> bool:
         except ProcessLookupError:
             return False
     if trace.kind == "mount":
-        return any(str(trace.path) == mount for mount in _mount_points())
+        return any(str(trace.path) == mount for mount in mount_points())
+    if trace.kind == "socket" and trace.path is not None and locks.is_held(trace.path.with_name("service.lock")):
+        return False  # a service has begun meanwhile: it is that one's now
+    if trace.holder is not None:
+        return any((path, holder) == (trace.path, trace.holder) for path, holder in idranges.held())
     return trace.path is not None and os.path.lexists(trace.path)
 
 
 def _processes(prefix: str, lxcpath: Path) -> Iterator[Trace]:
     seen: set[int] = set()
-    for name, path in cgroups.cgroups_by_container(prefix):
+    for name, path in _containers_cgroups(prefix):
         for pid in cgroups.pids(path):
             if pid not in seen and (trace := _process(pid, name)):
                 seen.add(pid)
@@ -104,7 +109,7 @@ def _process(pid: int, name: str) -> Trace | None:
 
 
 def _mounts(prefix: str, lxcpath: Path) -> Iterator[Trace]:
-    for mount in reversed(_mount_points()):  # what was mounted last comes off first
+    for mount in reversed(mount_points()):  # what was mounted last comes off first
         path = Path(mount)
         if path.is_relative_to(lxcpath) and path != lxcpath:
             name = path.relative_to(lxcpath).parts[0]
@@ -112,23 +117,33 @@ def _mounts(prefix: str, lxcpath: Path) -> Iterator[Trace]:
                 yield Trace("mount", name, mount, _age(path), path=path)
 
 
-def _mount_points() -> list[str]:
+def mount_points() -> list[str]:
+    """Return where something is mounted in this process's mount namespace, in the order of mounting."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         fields = [line.split(" ")[4] for line in file]
     return [re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field) for field in fields]
 
 
 def _cgroups(prefix: str) -> Iterator[Trace]:
-    for name, path in cgroups.cgroups_by_container(prefix):
+    for name, path in _containers_cgroups(prefix):
         yield Trace("cgroup", name, str(path), _age(path), path=path)
 
 
-def _directories(lxcpath: Path) -> Iterator[Trace]:
+def _containers_cgroups(prefix: str) -> Iterator[tuple[str, Path]]:
+    """Go through the cgroups with the names of their containers, without the number that liblxc may append to one."""
+    for name, path in cgroups.cgroups_by_container(prefix):
+        match = re.match(rf"{re.escape(prefix)}[0-9a-f]+-\d+", name)
+        yield match[0] if match else name, path
+
+
+def _directories(prefix: str, lxcpath: Path) -> Iterator[Trace]:
     try:
         names = sorted(os.listdir(lxcpath))
     except FileNotFoundError:
         return
     for name in names:
+        if not name.startswith(prefix):
+            continue  # somebody else's, whatever it does here
         path = lxcpath / name
         kind: Kind = "container" if (path / "config").exists() else "directory"
         yield Trace(kind, name, str(path), _age(path), path=path)
@@ -151,19 +166,22 @@ def _locks(prefix: str, lxcpath: Path) -> Iterator[Trace]:
             yield Trace("lock", file[1:], str(directory / file), _age(directory / file), path=directory / file)
 
 
+def _id_ranges(prefix: str, lxcpath: Path) -> Iterator[Trace]:
+    """Find the ranges of ids that are written down as containers'."""
+    for path, holder in idranges.held():
+        directory = Path(holder)
+        if directory.parent == lxcpath and directory.name.startswith(prefix):
+            detail = f"{path}: {idranges.SIZE} ids"
+            yield Trace("lock", directory.name, detail, _age(path), path=path, holder=holder)
+
+
 def _sockets(host_dir: Path) -> Iterator[Trace]:
-    """Find a socket that nobody listens on any more."""
-    path = host_dir / "pool.sock"
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(1.0)
-            sock.connect(str(path))
-    except ConnectionRefusedError:
-        yield Trace("socket", str(path), "nobody listens on it", _age(path), path=path)
-    except OSError:
+    """Find the socket, and the key to it, of a service that is gone."""
+    if locks.is_held(host_dir / "service.lock"):
         return
+    for path in (host_dir / "pool.sock", host_dir / "authkey", *sorted(host_dir.glob(".authkey.*"))):
+        if os.path.lexists(path):
+            yield Trace("socket", str(path), f"{path}: no service runs here", _age(path), path=path)
 
 
 def _age(path: Path) -> float:

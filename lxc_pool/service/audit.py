@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lxc_pool.backend.lxc import removal
 from lxc_pool.errors import HostDirError, LxcPoolError
-from lxc_pool.host import residue
+from lxc_pool.host import locks, residue
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.host.residue import Trace
 from lxc_pool.model import State
 from lxc_pool.service import ledger
-from lxc_pool.service.directories import name_prefix, read_instance
+from lxc_pool.service.directories import name_prefix, read_instance, running_service
 from lxc_pool.service.ledger import Entry
 
 
@@ -63,7 +64,7 @@ def audit(state_dir: Path, host_dir: Path, *, everything: bool = False) -> Repor
         return Report((), None)
     lxcpath = state_dir / "containers"
     found = residue.traces(name_prefix(instance), lxcpath, host_dir)
-    running = _running_service(state_dir)
+    running = running_service(state_dir)
     owned = set() if everything else _owned(ledger.read(state_dir / "ledger.db"), running=running is not None)
     findings = [trace for trace in found if trace.name not in owned and residue.is_there(trace)]
     return Report(tuple(findings), running)
@@ -75,15 +76,16 @@ def only_older(report: Report, seconds: float) -> Report:
     return dataclasses.replace(report, findings=tuple(trace for trace in report.findings if trace.name not in young))
 
 
-def refuse_if_running(state_dir: Path) -> None:
+def refuse_if_running(state_dir: Path, host_dir: Path) -> None:
     """Refuse to go on beside a running service.
 
     Raises:
-        HostDirError: One runs; the message names its pid.
+        HostDirError: One has one of the directories; the message names its pid.
     """
-    running = _running_service(state_dir)
-    if running is not None:
-        raise HostDirError(f"the service with pid {running} runs on {state_dir}: `lxc-pool stop` it first")
+    for directory in (state_dir, host_dir):
+        running = running_service(directory)
+        if running is not None:
+            raise HostDirError(f"the service with pid {running} runs on {directory}: `lxc-pool stop` it first")
 
 
 def clean(
@@ -98,52 +100,75 @@ def clean(
     """
     lxcpath = state_dir / "containers"
     failed: dict[str, str] = {}
-    containers = {trace.name: None for trace in report.findings if trace.kind not in ("socket", "netdev")}
     for trace in report.findings:
-        if trace.kind == "mount" and trace.path is not None:
-            with contextlib.suppress(LxcPoolError):
-                removal.unmount(trace.path)
-    for name in containers:
+        if trace.kind in ("socket", "netdev"):
+            with contextlib.suppress(OSError):
+                _remove_socket(trace) if trace.kind == "socket" else _remove_netdev(trace)
+    for name in dict.fromkeys(trace.name for trace in report.findings if trace.kind not in ("socket", "netdev")):
         try:
             removal.remove(name, lxcpath, force=True)
-        except LxcPoolError as error:
+        except (LxcPoolError, OSError) as error:
             failed[name] = str(error)
     removals = []
     for trace in report.findings:
-        if trace.kind == "socket" and trace.path is not None:
-            with contextlib.suppress(OSError):
-                trace.path.unlink()
         problem = (failed.get(trace.name) or "it is still there") if residue.is_there(trace) else None
         removals.append(Removal(trace, problem))
         report_to(removals[-1])
     return tuple(removals)
 
 
+def _remove_socket(trace: Trace) -> None:
+    """Remove a socket or key, unless a service has just begun to use that place."""
+    assert trace.path is not None, "a socket has a path"
+    with open(trace.path.with_name("service.lock"), "a", encoding="ascii") as file:
+        if locks.take(file.fileno()):
+            trace.path.unlink()
+
+
+def _remove_netdev(trace: Trace) -> None:
+    subprocess.run(["ip", "link", "delete", trace.name], capture_output=True, check=False)
+
+
 def uninstall(state_dir: Path, host_dir: Path) -> tuple[str, ...]:
-    """Remove the two directories themselves, once all containers are gone; return what could not be removed.
+    """Remove the service's own files and directories, once all containers are gone; return what stays, and why.
 
     Raises:
         HostDirError: A service runs on them.
     """
-    refuse_if_running(state_dir)
+    refuse_if_running(state_dir, host_dir)
     problems: list[str] = []
+    if read_instance(state_dir) is None:
+        return ()  # whatever this directory is, no service has used it
 
     def note(_function: object, path: str, info: tuple[type[BaseException], BaseException, object]) -> None:
         if not isinstance(info[1], FileNotFoundError):
             problems.append(f"{path}: {info[1]}")
 
-    lock_dir = residue.LOCKS / str(state_dir / "containers").lstrip("/")
-    for path in (state_dir, lock_dir):
-        shutil.rmtree(path, onerror=note)
+    lock_dir = residue.LOCKS / str(state_dir).lstrip("/")
+    for path in (lock_dir / "containers", lock_dir, state_dir / "containers"):
+        _remove_directory(path, problems)
+    shutil.rmtree(state_dir / "images", onerror=note)
     for name in ("pool.sock", "authkey", "service.lock"):
-        with contextlib.suppress(FileNotFoundError):
-            (host_dir / name).unlink()
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            host_dir.rmdir()
-        except OSError as error:
-            problems.append(f"{host_dir}: {error.strerror}")
+        (host_dir / name).unlink(missing_ok=True)
+    _remove_directory(host_dir, problems)
+    # The id last: as long as it is there, this can be done again.
+    for path in (*state_dir.glob("ledger.db*"), state_dir / "service.lock", state_dir / "instance"):
+        path.unlink(missing_ok=True)
+    _remove_directory(state_dir, problems)
     return tuple(problems)
+
+
+def _remove_directory(path: Path, problems: list[str]) -> None:
+    """Remove a directory, but for one with something in it that is not ours, or one that is a mount of its own."""
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            problems.append(f"{path} stays: there is something in it that is not the service's")
+        elif error.errno != errno.EBUSY:
+            problems.append(f"{path}: {error.strerror}")
 
 
 def _owned(entries: Iterable[Entry], *, running: bool) -> set[str]:
@@ -168,17 +193,3 @@ def _alive(identity: ProcessIdentity | None) -> bool:
         return identify(identity.pid) == identity
     except ProcessLookupError:
         return False
-
-
-def _running_service(state_dir: Path) -> int | None:
-    """Return the pid of the service that holds the state dir's lock."""
-    try:
-        with open(state_dir / "service.lock", encoding="ascii", errors="replace") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = file.read().strip()
-                return int(text) if text.isdecimal() else 0
-    except FileNotFoundError:
-        pass
-    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import stat
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from lxc_pool import hostdir
 from lxc_pool.errors import HostDirError
+from lxc_pool.host import locks
 
 _KEY_BYTES = 32
 _INSTANCE_BYTES = 3
@@ -89,6 +89,19 @@ def name_prefix(instance: str) -> str:
     return f"lxp-{instance}-"
 
 
+def running_service(directory: Path) -> int | None:
+    """Return the pid of the service that has a host dir or state dir; 0 if it is only starting, None if none has it.
+
+    Raises:
+        OSError: Its lock file can't be opened.
+    """
+    path = directory / "service.lock"
+    if not locks.is_held(path):
+        return None
+    text = path.read_text(encoding="ascii", errors="replace").strip()
+    return int(text) if text.isdecimal() else 0
+
+
 def _instance(state_dir: Path) -> str:
     text = read_instance(state_dir)
     if text is not None:
@@ -134,13 +147,15 @@ def _locked(path: Path, what: str) -> Iterator[None]:
         raise HostDirError(f"can't open the lock file {path}: {error.strerror}") from error
     with open(descriptor, "r+", encoding="ascii", errors="replace") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            ours = locks.take(descriptor)
+            if ours:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            raise HostDirError(f"can't use the lock file {path}: {error.strerror}") from error
+        if not ours:
             raise HostDirError(
                 f"the {what} is in use by the service with pid {file.read().strip() or '(starting)'}; "
                 "stop it (`lxc-pool stop`), or use another directory"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+            )
         yield

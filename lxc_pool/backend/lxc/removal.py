@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 from pathlib import Path
 
 import psutil
 
 from lxc_pool.backend.lxc import binding, container_config
 from lxc_pool.errors import DestroyFailed
-from lxc_pool.host import cgroups, idranges
-from lxc_pool.host.residue import LOCKS
+from lxc_pool.host import cgroups, idranges, mounts
+from lxc_pool.host.residue import LOCKS, mount_points
+
+_MOST_PASSES = 20
+"""Looks for processes that start a container; each but the last has killed some. A guess: it takes two."""
 
 
 def remove(name: str, lxcpath: Path, *, force: bool) -> None:
@@ -26,9 +28,10 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
     elif (directory / "config").exists():
         binding.container(name, lxcpath).stop()
     first_id = container_config.first_id(directory)
-    problems = _remove_cgroups(name)
+    problems = [*_remove_cgroups(name), *_unmount_below(directory)]
     try:
-        shutil.rmtree(directory)
+        if not problems:
+            shutil.rmtree(directory)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -41,28 +44,44 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
         raise DestroyFailed(f"{name} is not quite gone: {'; '.join(problems)[:1000]}")
 
 
-def unmount(path: Path) -> None:
-    """Take a mount off, at once or as soon as nobody uses it any more.
+def _unmount_below(directory: Path) -> list[str]:
+    """Take off whatever is mounted in a container's directory: what is in there must not be removed with it.
 
-    Raises:
-        DestroyFailed: It can't be.
+    A lane does so in its own mount namespace; if somebody has mounted it in the host's, the kernel takes it off there
+    when the directory goes. Source: Linux commit 8ed936b5671b (3.18).
     """
-    done = subprocess.run(["umount", "--lazy", str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DestroyFailed(f"can't unmount {path}: {done.stderr.strip()}")
+    problems = []
+    for mount in reversed(mount_points()):
+        if Path(mount).is_relative_to(directory):
+            try:
+                mounts.unmount(Path(mount))
+            except OSError as error:
+                problems.append(f"{mount} is mounted there and can't be unmounted: {error.strerror}")
+    return problems
 
 
 def _kill_starters(name: str, lxcpath: Path) -> None:
     """Kill what may still bring the container up: one start in six survives its starter's death (measured).
 
     `lxc-start -P PATH -n NAME` is in no cgroup of the container's yet; its monitor calls itself `[lxc monitor] PATH
-    NAME`.
+    NAME`. It is looked for until there is none: one that is killed may have forked just before.
     """
+    for _ in range(_MOST_PASSES):
+        if not _kill_starters_once(name, lxcpath):
+            return
+
+
+def _kill_starters_once(name: str, lxcpath: Path) -> bool:
+    """Return whether there was any."""
+    doomed = []
     for process in psutil.process_iter(["cmdline"]):
         words = " ".join(process.info["cmdline"] or ()).split()
         if name in words and str(lxcpath) in words and "lxc" in words[0]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+                doomed.append(process)
+    psutil.wait_procs(doomed, timeout=1.0)
+    return bool(doomed)
 
 
 def _remove_cgroups(name: str) -> list[str]:

@@ -1,0 +1,192 @@
+"""What bears a service's mark on the host, and what does not: with files and locks alone, no container is needed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lxc_pool.backend.lxc import removal
+from lxc_pool.errors import CloneFailed, HostDirError
+from lxc_pool.host import idranges, residue
+from lxc_pool.service import audit
+from lxc_pool.service.directories import host_dir, name_prefix, state_dir
+from tests.support.processes import in_child
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and /run/lxc are root's")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry of id ranges of the test's own."""
+    path = tmp_path / "ids"
+    monkeypatch.setattr(idranges, "REGISTRY", path)
+    for function in (idranges.take, idranges.give_back, idranges.held):
+        defaults = dict(function.__kwdefaults__ or {}, registry=path)
+        monkeypatch.setattr(function, "__kwdefaults__", defaults)
+    return path
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    path = tmp_path / "state"
+    with state_dir(path):
+        pass
+    return path
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    return tmp_path / "host"
+
+
+def prefix(state: Path) -> str:
+    return name_prefix((state / "instance").read_text().strip())
+
+
+def kinds(report: audit.Report) -> list[str]:
+    return [trace.kind for trace in report.findings]
+
+
+def test_a_directory_that_nobody_has_used_is_clean(tmp_path: Path, host: Path) -> None:
+    assert audit.audit(tmp_path, host) == audit.Report((), None)
+
+
+def test_containers_are_told_from_directories_by_their_configuration(state: Path, host: Path) -> None:
+    for name in ("1", "2"):
+        (state / "containers" / f"{prefix(state)}ab-{name}").mkdir()
+    (state / "containers" / f"{prefix(state)}ab-2" / "config").touch()
+    report = audit.audit(state, host)
+    assert kinds(report) == ["directory", "container"]
+    assert all(removal.problem is None for removal in audit.clean(report, state))
+    assert not list((state / "containers").iterdir())
+
+
+def test_what_has_another_name_is_neither_named_nor_touched(state: Path, host: Path) -> None:
+    for name in ("lxp-000000-ab-1", "mine", f"x{prefix(state)}ab-1"):
+        (state / "containers" / name / "rootfs").mkdir(parents=True)
+    report = audit.audit(state, host, everything=True)
+    assert report.findings == ()
+    (problem,) = [line for line in audit.uninstall(state, host) if line.startswith(str(state / "containers"))]
+    assert "not the service's" in problem
+    assert len(list((state / "containers").glob("*/rootfs"))) == 3
+
+
+def test_the_socket_and_the_key_of_a_dead_service_are_residue_and_those_of_a_live_one_are_not(
+    state: Path, host: Path
+) -> None:
+    with host_dir(host, os.getegid()), socket.socket(socket.AF_UNIX) as sock:
+        os.chdir(host)  # the path is too long otherwise
+        sock.bind("pool.sock")
+        os.chdir("/")
+        assert audit.audit(state, host).findings == ()
+        (host / "authkey").rename(host / "saved")
+    (host / "saved").rename(host / "authkey")
+    report = audit.audit(state, host)
+    assert [(trace.kind, Path(trace.name).name) for trace in report.findings] == [
+        ("socket", "pool.sock"),
+        ("socket", "authkey"),
+    ]
+    with host_dir(host, os.getegid()):  # a service begins between the audit and the cleanup
+        audit.clean(report, state)
+        assert (host / "pool.sock").exists()
+        assert (host / "authkey").exists()
+    report = audit.audit(state, host)
+    audit.clean(report, state)
+    assert {path.name for path in host.iterdir()} == {"service.lock"}
+
+
+def test_an_id_range_of_a_container_that_is_gone_is_found_and_freed(state: Path, host: Path, registry: Path) -> None:
+    ours = state / "containers" / f"{prefix(state)}ab-7"
+    others = (str(state / "containers" / "lxp-000000-ab-7"), f"/other/containers/{ours.name}", "")
+    first = idranges.take(str(ours))
+    rest = [idranges.take(holder) for holder in others]
+    report = audit.audit(state, host)
+    (trace,) = report.findings
+    assert (trace.kind, trace.name, trace.path) == ("lock", ours.name, registry / str(first))
+    assert [removal.problem for removal in audit.clean(report, state)] == [None]
+    assert {int(path.name) for path in registry.iterdir()} == set(rest)
+
+
+def test_an_id_range_that_is_anothers_by_now_is_no_trace_any_more(state: Path, host: Path, registry: Path) -> None:
+    ours = state / "containers" / f"{prefix(state)}ab-7"
+    idranges.take(str(ours))
+    (trace,) = audit.audit(state, host).findings
+    idranges.give_back(str(ours))
+    assert idranges.take("/somebody/else") == int((trace.path or Path()).name)
+    assert not residue.is_there(trace)
+    assert registry.exists()
+
+
+def test_an_id_range_never_stands_there_without_its_holder(
+    tmp_path: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_args: object, **_kwargs: object) -> None:
+        os._exit(0)
+
+    def take() -> None:
+        # Whatever puts the name in place, there is no moment before it in which the file has a name and no holder.
+        monkeypatch.setattr(os, "link", die)
+        idranges.take("/holder")
+
+    registry.mkdir()
+    with pytest.raises(EOFError):
+        in_child(take)
+    assert list(registry.iterdir()) == []
+    assert idranges.take("/holder") == idranges.DEFAULT_BASE
+    assert [holder for _path, holder in idranges.held()] == ["/holder"]
+    assert tmp_path.exists()
+
+
+def test_id_ranges_run_out_with_a_word_where_they_are(registry: Path) -> None:
+    base = idranges.LIMIT - 2 * idranges.SIZE
+    taken = {idranges.take("/a", base), idranges.take("/b", base)}
+    assert len(taken) == 2
+    with pytest.raises(CloneFailed, match=str(registry)):
+        idranges.take("/c", base)
+
+
+def test_an_uninstallation_removes_what_the_service_has_made_and_can_be_repeated(state: Path, host: Path) -> None:
+    with host_dir(host, os.getegid()):
+        with pytest.raises(HostDirError, match=f"pid {os.getpid()} runs on {host}"):
+            audit.uninstall(state, host)
+        assert (host / "authkey").exists()
+    (state / "images" / "busybox" / "1" / "rootfs").mkdir(parents=True)
+    for name in ("ledger.db", "ledger.db-wal", "ledger.db.corrupt-1"):
+        (state / name).touch()
+    assert audit.uninstall(state, host) == ()
+    assert not state.exists()
+    assert not host.exists()
+    assert audit.uninstall(state, host) == ()
+
+
+def test_an_uninstallation_does_not_touch_a_directory_that_no_service_has_used(tmp_path: Path, host: Path) -> None:
+    (tmp_path / "images" / "holiday").mkdir(parents=True)
+    host.mkdir()
+    assert audit.uninstall(tmp_path, host) == ()
+    assert (tmp_path / "images" / "holiday").exists()
+    assert host.exists()
+
+
+@needs_root
+def test_what_is_mounted_in_a_containers_directory_is_taken_off_and_keeps_its_files(
+    state: Path, host: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    (precious / "deep").mkdir(parents=True)
+    (precious / "deep" / "file").write_text("mine")
+    name = f"{prefix(state)}ab-1"
+    place = state / "containers" / name / "rootfs"
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", precious, place], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", place / "deep"], check=True)
+    with (place / "deep" / "busy").open("w"):
+        report = audit.audit(state, host)
+        assert kinds(report) == ["mount", "mount", "directory"]
+        removal.remove(name, state / "containers", force=True)
+    assert not place.exists()
+    assert (precious / "deep" / "file").read_text() == "mine"
+    assert not any(residue.is_there(trace) for trace in report.findings)
