@@ -71,6 +71,7 @@ class Member:
         lease: The lease, from RESERVED on until it is reaped.
         session: The connection that a reserved container is offered on; None once it is leased.
         retries: How often its removal has failed; above 0, it is removed by force.
+        lost: Whether its init has died before it could be warm.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Member:
     session: object | None = None
     reason: str | None = None
     retries: int = 0
+    lost: bool = False
 
     def move(self, state: State) -> None:
         """Go to another state.

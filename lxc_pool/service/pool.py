@@ -426,7 +426,6 @@ class Pool:
         for verdict in verdicts:
             member = verdict.member
             self._stock.add_shelf(verdict.profile)
-            reason = verdict.reason or self._watch_again(member, verdict.entry)
             with self._lock:
                 self._stock.add(member)
                 if member.lease is not None:
@@ -434,24 +433,37 @@ class Pool:
                     self._arm_expiry(member.name, member.lease)
                 elif member.state is State.WARM:
                     self._stock.shelf_of(member).warm.append(member)
-                if reason is not None:
+                if verdict.reason is not None:
                     member.retries = 1  # what state it is in is not known: remove it by force
-                    self._reap(member, reason)
+                    self._reap(member, verdict.reason)
+            if verdict.reason is None:
+                self._watch_again(member, verdict.entry)
 
-    def _watch_again(self, member: Member, entry: Entry) -> Reason | None:
-        """Watch the processes of a container that an earlier service left; return why it is to be reaped after all."""
-        if member.lease is not None and member.lease.owner is not None:
-            try:
-                self._hold_owner(member.lease.owner)
-            except ValueError:
-                return Reason.OWNER_DIED
-        if entry.init is None:
-            return Reason.ORPHAN
+    def _watch_again(self, member: Member, entry: Entry) -> None:
+        """Watch the processes of a container that an earlier service left; reap it if one of them has ended.
+
+        It is in the pool already: one that ends from now on finds what ends with it.
+        """
+        init, reason = None, None
         try:
-            member.init = self._watch.watch(entry.init, functools.partial(self._init_died, member.name))
+            if member.lease is not None and member.lease.owner is not None:
+                self._hold_owner(member.lease.owner)
+        except ValueError:
+            reason = Reason.OWNER_DIED
+        try:
+            if entry.init is not None:
+                init = self._watch.watch(entry.init, functools.partial(self._init_died, member.name))
         except ProcessLookupError:
-            return Reason.UNHEALTHY
-        return None
+            reason = reason or Reason.UNHEALTHY
+        with self._lock:
+            if member.state is State.REAPING:  # meanwhile
+                if init is not None:
+                    self._watch.forget(init)
+                return
+            member.init = init
+            if init is None or reason is not None:
+                member.retries = 1  # as above
+                self._reap(member, reason or Reason.ORPHAN)
 
     # --- deaths and times ---------------------------------------------------------------------------------------------
 
@@ -473,14 +485,23 @@ class Pool:
             watched = self._owners.pop(owner, None)
             if watched is not None:
                 self._watch.forget(watched)
+            for ticket in [ticket for ticket in self._waiting.values() if ticket.owner == owner]:
+                self._leave_queue(ticket)
+                self._answer(ticket, ValueError(f"owner {owner.pid} has ended"))
             for member in list(self._requests.values()):
-                if member.state is State.LEASED and member.lease and member.lease.owner == owner:
+                if member.lease is None or member.lease.owner != owner:
+                    continue
+                if member.state is State.LEASED:
                     self._reap(member, Reason.OWNER_DIED)
+                elif member.state is State.RESERVED:
+                    self._take_back(member)  # now, and not when it has not confirmed in time
 
     def _init_died(self, name: str) -> None:
         with self._lock:
             member = self._stock.members.get(name)
-            if member is not None and member.state in (State.WARM, State.RESERVED, State.LEASED):
+            if member is not None and member.state is State.BUILDING:
+                member.lost = True  # it is watched already, but not in the pool yet: see Upkeep
+            elif member is not None and member.state in (State.WARM, State.RESERVED, State.LEASED):
                 self._reap(member, Reason.UNHEALTHY)
 
     def _expired(self, name: str, lease: Lease) -> None:

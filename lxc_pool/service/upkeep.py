@@ -169,6 +169,9 @@ class Upkeep:
                 if init is not None:
                     self._watch.forget(init)
                 return
+            if init is not None and isinstance(job, CreateJob) and self._stock.members[job.blueprint.name].lost:
+                self._watch.forget(init)
+                init, outcome = None, LxcPoolError(f"{job.blueprint.name} came up and went down at once")
             slot.job = None
             if slot.timer is not None:
                 slot.timer.cancel()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from lxc_pool.backend.memory import HANG, Fault
@@ -15,9 +17,11 @@ from lxc_pool.errors import (
     StartFailed,
     UnknownLease,
 )
+from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import State
 from lxc_pool.service.pool import WarmWait
 from lxc_pool.service.waiters import Ticket
+from lxc_pool.service.watchdog import Watched
 from tests.support.world import World
 
 
@@ -525,3 +529,48 @@ def test_nothing_is_watched_any_more_once_the_pool_lets_go() -> None:
     world.lease()
     world.pool.let_go()
     assert world.watch.watched == []
+
+
+def test_an_init_that_dies_while_it_is_being_taken_in_is_never_warm() -> None:
+    world = World(1, workers=1)
+    watch = world.watch.watch
+    doomed: list[ProcessIdentity] = []
+
+    def watch_and_die(identity: ProcessIdentity, callback: Callable[[], None]) -> Watched:
+        watched = watch(identity, callback)
+        if not doomed:
+            doomed.append(identity)
+            world.watch.kill(identity)  # the watchdog's thread is quicker than the lane's
+        return watched
+
+    world.watch.watch = watch_and_die  # type: ignore[method-assign]
+    world.settle()
+    assert world.count(State.WARM) == 0
+    assert "went down at once" in str(world.pool.census().last_error)
+    world.advance(1)
+    assert world.names(State.WARM) == ["c2"]
+    assert world.backend.present == {"c2"}
+    assert len(world.watch.watched) == 1
+
+
+def test_a_reservation_of_an_owner_that_dies_goes_back_at_once_though_its_connection_lives() -> None:
+    world = warm_world(1)
+    ticket = world.ask(pid=7)
+    assert ticket.offer is not None
+    other = world.ask(pid=8)
+    assert not other.answered
+    world.watch.kill(world.process(7))
+    assert other.offer is not None
+    assert world.pool.confirm(1000, ticket.request) is None
+    assert world.pool.confirm(1000, other.request) is not None
+
+
+def test_whoever_waits_for_an_owner_that_dies_waits_no_longer() -> None:
+    world = warm_world(1)
+    world.lease()
+    world.backend.script("start", HANG)
+    dead, alive = world.ask(pid=7), world.ask(pid=8)
+    world.watch.kill(world.process(7))
+    assert isinstance(dead.error, ValueError)
+    assert not alive.answered
+    assert world.pool.census().total("waiting") == 1

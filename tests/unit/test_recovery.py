@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 
 from lxc_pool.backend.memory import HANG, Fault
 from lxc_pool.config import ProfileConfig
 from lxc_pool.errors import BackendError, LeaseExpired
+from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import State
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.recovery import judge
+from lxc_pool.service.watchdog import Watched
 from tests.support.world import MemoryLane, World
 
 
@@ -278,3 +281,35 @@ def test_a_container_that_comes_up_while_the_ledger_fails_is_used_and_removed_by
     world.journal.broken = False
     restart(world)
     assert name not in world.backend.present
+
+
+@pytest.mark.parametrize("leased", [False, True])
+def test_a_container_whose_init_dies_while_it_is_being_taken_over_is_removed(leased: bool) -> None:
+    world = warm_world(1)
+    name = world.lease().name if leased else world.names(State.WARM)[0]
+    init = world.backend.running[name]
+    _die_when_watched(world, init)
+    restart(world)
+    assert name not in world.backend.present
+    assert world.count(State.WARM) == 1
+    assert init not in {watched.identity for watched in world.watch.watched}
+
+
+def test_an_owner_that_dies_while_its_container_is_being_taken_over_loses_it() -> None:
+    world = warm_world(1)
+    name = world.lease(pid=7).name
+    _die_when_watched(world, world.process(7))
+    restart(world)
+    assert name not in world.backend.present
+
+
+def _die_when_watched(world: World, process: ProcessIdentity) -> None:
+    watch = world.watch.watch
+
+    def watch_and_die(identity: ProcessIdentity, callback: Callable[[], None]) -> Watched:
+        watched = watch(identity, callback)
+        if identity == process:
+            world.watch.kill(identity)
+        return watched
+
+    world.watch.watch = watch_and_die  # type: ignore[method-assign]
