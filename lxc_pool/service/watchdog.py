@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 _LONGEST_WAIT = 86400.0
 """Seconds of one wait at most; after that it looks again. epoll_wait(2) counts milliseconds in 32 bits."""
 
+_CROWD = 256
+"""Timers from which on cancelled ones are weeded out. A guess: few enough to be nothing, many enough to be rare."""
+
 
 @dataclasses.dataclass(slots=True)
 class Timer:
@@ -80,14 +83,15 @@ class Watch(Protocol):
 class Watchdog:
     """The real `Watch`.
 
-    Shared by all threads of the service. `_lock` guards `_timers` and `_watched`. Callbacks run on the watchdog's
-    thread, without the lock, and must be brief.
+    Shared by all threads of the service. `_lock` guards `_timers`, `_crowd` and `_watched`. Callbacks run on the
+    watchdog's thread, without the lock, and must be brief.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
+        self._crowd = _CROWD
         self._watched: dict[int, Watched] = {}
         self._closing = False
         self._next_wake = float("inf")
@@ -124,6 +128,11 @@ class Watchdog:
         """See `Watch.call_at`."""
         timer = Timer(when, callback)
         with self._lock:
+            if len(self._timers) >= self._crowd:
+                # Cancelled ones leave by themselves when their time comes; for a lease's ttl that may be in a day.
+                self._timers = [entry for entry in self._timers if not entry[2].cancelled]
+                heapq.heapify(self._timers)
+                self._crowd = max(_CROWD, 2 * len(self._timers))
             heapq.heappush(self._timers, (when, next(self._order), timer))
             nearer = when < self._next_wake
         if nearer:

@@ -262,3 +262,13 @@ def test_closing_forgets_what_is_still_watched() -> None:
         watchdog.close()
         watchdog.close()
     assert open_descriptors() == before
+
+
+def test_cancelled_timers_do_not_pile_up_until_their_time(watchdog: Watchdog) -> None:
+    for _ in range(10_000):
+        watchdog.call_at(watchdog.now() + 86400, lambda: None).cancel()
+    assert len(watchdog._timers) <= 2 * module._CROWD
+    kept = [watchdog.call_at(watchdog.now() + 86400, lambda: None) for _ in range(2000)]
+    assert len(watchdog._timers) >= 2000
+    for timer in kept:
+        timer.cancel()
