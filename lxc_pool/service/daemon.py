@@ -24,6 +24,7 @@ from types import FrameType
 from lxc_pool.backend.protocol import Backend
 from lxc_pool.config import Config
 from lxc_pool.execution.launcher import Launcher
+from lxc_pool.host import residue
 from lxc_pool.model import State
 from lxc_pool.service import directories
 from lxc_pool.service.access import Policy
@@ -104,7 +105,11 @@ def serve(
             obstacle=functools.partial(_obstacle, state_dir, config.min_free),
         )
         stack.callback(pool.let_go)
-        present = [name for name in backend.names() if name.startswith(name_prefix(instance))]
+        present = [
+            *(name for name in backend.names() if name.startswith(name_prefix(instance))),
+            # Whatever else is left of a container, should the ledger have been lost.
+            *(trace.name for trace in residue.traces(name_prefix(instance), state_dir / "containers", host_dir)),
+        ]
         pool.restore(judge(entries, present, config, backend.newest, watchdog.now()))
         dispatcher.open()
         stack.callback(dispatcher.close)
@@ -201,7 +206,7 @@ def _signals(ending: Ending, server: PoolServer) -> Iterator[None]:
 
 def _names(instance: str) -> Iterator[str]:
     """Make names that no container has had: this instance's, with a random word for this run and a number."""
-    run = secrets.token_hex(2)
+    run = secrets.token_hex(4)
     return (f"{name_prefix(instance)}{run}-{number}" for number in itertools.count(1))
 
 
