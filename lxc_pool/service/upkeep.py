@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 _DESTROY_PAUSES = (0.1, 0.5, 2.0, 10.0, 60.0)
 """Seconds until a failed removal is tried again, by how often it has failed; the last one for ever after. Guesses."""
 
+_OWN_DEADLINE = 0.9
+"""Of the time that a creation may take, how much the engine has before it should give up by itself: it can say why,
+while a lane that is killed can't. A guess."""
 
 _ROOM_PAUSE = 2.0
 """Seconds until it is looked again whether an obstacle is gone. A guess: "within seconds" is what the pool promises."""
@@ -147,7 +150,8 @@ class Upkeep:
             self._stock.note_error(str(error))
             self._back_off(shelf)
             return None
-        return CreateJob(Blueprint(member.name, shelf.profile, shelf.image, now + self._config.create_timeout))
+        deadline = now + _OWN_DEADLINE * self._config.create_timeout
+        return CreateJob(Blueprint(member.name, shelf.profile, shelf.image, deadline))
 
     def _done(self, slot: Slot, job: Job, outcome: Outcome) -> None:
         """Take in what a job came to."""
