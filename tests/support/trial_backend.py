@@ -63,4 +63,4 @@ class TrialBackend:
         return ()
 
     def log_tail(self, name: str) -> str:
-        raise NotImplementedError
+        return f"the last words of {name}"

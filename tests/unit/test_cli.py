@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -445,6 +446,11 @@ def test_help_names_the_commands_and_the_statuses(lxc_pool: Terminal) -> None:
     assert lxc_pool.run("--help") == 0
     for word in ("status", "wait", "get", "release", "serve", "130 interrupted"):
         assert word in lxc_pool.out
+
+
+def test_the_package_itself_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "lxc_pool", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: lxc-pool")
 
 
 @pytest.mark.parametrize(

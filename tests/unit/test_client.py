@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import grp
 import logging
 import math
 import multiprocessing
+import multiprocessing.managers
 import os
 import pickle
 import signal
@@ -285,6 +287,16 @@ def test_a_stock_proxys_way_of_calling_works_too(pool: PoolServiceProxy) -> None
     for name in ("nope", "_lease", "__reduce__", "host_dir", "#GETVALUE"):
         with pytest.raises(AttributeError, match="the pool has no method"):
             pool._callmethod(name)
+
+
+def test_the_managers_own_way_of_connecting_proves_the_key(service: MemoryService) -> None:
+    connect = multiprocessing.managers.listener_client[connection_module.SERIALIZER][1]  # type: ignore[attr-defined]  # not in typeshed
+    channel = connect(str(service.socket_path), hostdir.read_key(service.host_dir))
+    service.sessions(1)
+    channel.close()
+    with pytest.raises(AuthenticationFailed):
+        connect(str(service.socket_path), b"wrong")
+    service.sessions(0)
 
 
 def test_a_manager_does_not_start_the_service() -> None:
@@ -570,19 +582,19 @@ def test_whoever_may_not_connect_is_told_which_group_to_be_in(service: MemorySer
 
 @needs_root
 def test_whoever_is_in_the_group_is_a_user_but_no_administrator() -> None:
-    def act() -> tuple[object, ...]:
-        with PoolManager.connect(service.host_dir, timeout=SOON) as pool, pool.lease("x", SOON) as container:
+    def act(host_dir: Path) -> tuple[object, ...]:
+        with PoolManager.connect(host_dir, timeout=SOON) as pool, pool.lease("x", SOON) as container:
             try:
                 pool.drain()
             except AccessDenied as error:
                 return container.state, str(error)
             return ()
 
-    with memory_service(1, group=grp.getgrgid(NOBODY).gr_name) as service:
-        state, words = as_nobody(act)
+    with memory_service(1, group=grp.getgrgid(NOBODY).gr_name) as its_service:
+        state, words = as_nobody(functools.partial(act, its_service.host_dir))
         assert state is State.LEASED
         assert f"you are uid {NOBODY}" in words
-        service.reaches(leased=0)
+        its_service.reaches(leased=0)
 
 
 @needs_root

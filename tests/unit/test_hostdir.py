@@ -80,3 +80,29 @@ def test_a_key_in_a_closed_directory_is_refused_with_whom_to_ask(open_path: Path
     kind, message = as_nobody(lambda: hostdir.read_key(open_path))
     assert kind is AccessDenied
     assert "ask the administrator" in message
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_key_that_the_kernel_does_not_let_us_open_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, visible: bool
+) -> None:
+    if visible:
+        hostdir.key_path(tmp_path).write_bytes(b"key")
+
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(AccessDenied, match="belongs to group" if visible else "the service's group"):
+        hostdir.read_key(tmp_path)
+
+
+def test_a_key_that_can_not_be_opened_for_another_reason_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(HostDirError, match="can't be opened as a key: Input/output error"):
+        hostdir.read_key(tmp_path)

@@ -159,6 +159,26 @@ def test_replacing_a_lane_kills_its_worker_and_the_workers_children_and_it_works
     assert isinstance(outcome(lane, PrepareJob("busybox")), Image)
 
 
+def test_a_lane_that_hangs_can_say_what_it_hangs_on(lane: ProcessLane, tmp_path: Path) -> None:
+    _outcomes, pidfds = hang(lane, tmp_path)
+    words = lane.diagnose(DestroyJob("hang", force=False))
+    assert f"process {worker_of(lane)}" in words
+    assert "sleep infinity" in words
+    assert words.endswith("engine's log: the last words of hang")
+    blueprint = Blueprint("c1", ProfileConfig("default", 1), IMAGE, 0.0)
+    assert "the last words of c1" in lane.diagnose(CreateJob(blueprint))
+    assert "engine's log" not in lane.diagnose(PrepareJob("busybox"))
+    lane.replace()
+    assert [ends(pidfd) for pidfd in pidfds] == [True, True]
+
+
+def test_a_lane_that_is_not_up_yet_says_that(tmp_path: Path) -> None:
+    lane = ProcessLane(TrialBackend(tmp_path))
+    assert lane.diagnose(PrepareJob("busybox")) == "its worker has not come up"
+    lane.replace()  # not open: nothing to replace
+    lane.close()
+
+
 def test_a_lane_that_is_replaced_before_its_worker_is_up_does_the_old_job_no_more(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     lane = ProcessLane(TrialBackend(tmp_path, gate))

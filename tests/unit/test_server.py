@@ -29,6 +29,7 @@ from lxc_pool.errors import (
     PoolDraining,
     UnknownLease,
 )
+from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.host.processes import identify
 from lxc_pool.model import ContainerInfo, PoolStatus, State
 from lxc_pool.service import access, server, session
@@ -274,6 +275,48 @@ def test_waiting_for_more_containers_ends_when_they_are_warm_or_the_time_is_up(s
     status = say(channel, messages.AwaitWarm(2, None))
     assert isinstance(status, PoolStatus)
     assert status.size == 2
+    channel.close()
+
+
+class RecordingLauncher:
+    """A `Launcher` that starts nothing, and says who it was asked for."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[ExecRequest, int]] = []
+
+    def launch(
+        self, request: ExecRequest, _stdio: tuple[int, int, int], _control: int, init_pidfd: int, init_pid: int
+    ) -> None:
+        assert f"Pid:\t{init_pid}\n" in Path(f"/proc/self/fdinfo/{init_pidfd}").read_text()
+        self.launched.append((request, init_pid))
+
+
+def test_a_command_is_handed_on_with_its_descriptors_and_the_containers_init(
+    service: MemoryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = RecordingLauncher()
+    monkeypatch.setattr(service.service, "_launcher", launcher)
+    channel = service.channel()
+    info = lease(channel)
+    request = ExecRequest.create(["true"])
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        descriptors = [null, null, null, theirs.fileno()]
+
+        def execute(call: messages.Execute, descriptors: list[int]) -> None:
+            channel.send_bytes(messages.encode_call(call), descriptors)
+            assert messages.decode_reply(call, channel.recv_bytes()) is None
+
+        execute(messages.Execute(info.name, request.encode()), descriptors)
+        assert launcher.launched == [(request, info.init_pid)]
+        with pytest.raises(ValueError, match="not a command"):
+            execute(messages.Execute(info.name, b"nonsense"), descriptors)
+        with pytest.raises(UnknownLease):
+            execute(messages.Execute("nope", request.encode()), descriptors)
+        with pytest.raises(TypeError, match="only a pipe or /dev/null"):
+            execute(messages.Execute(info.name, request.encode()), [theirs.fileno(), *descriptors[1:]])
+    os.close(null)
     channel.close()
 
 
