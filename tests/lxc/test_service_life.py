@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -90,6 +90,8 @@ def test_a_second_signal_ends_the_grace(service: Service) -> None:
     with pool.lease("x") as container, pidfd(container.init_pid) as init:
         os.kill(service.pid, signal.SIGTERM)
         eventually(lambda: not pool.status().running, "it is ending")
+        with pytest.raises(PoolTimeout, match="ending"):
+            pool.wait_ready()
         assert not ends(init, timeout=0.3)
         os.kill(service.pid, signal.SIGTERM)
         began = time.monotonic()
@@ -115,22 +117,14 @@ def test_a_grace_that_is_over_ends_the_leases(service: Service) -> None:
     service.assert_clean()
 
 
-def test_shutdown_returns_once_the_service_has_really_ended(service: Service) -> None:
-    pool = service.start(size=2)
-    pool.wait_ready()
-    with pidfd(service.pid) as process:
-        pool.shutdown()
-        assert ends(process, timeout=0)
-    service.assert_clean()
-    assert service.wait(0).status == 0
-
-
-def test_all_who_ask_for_the_end_are_told_of_it(service: Service) -> None:
-    service.start(size=1).wait_ready()
+def test_shutdown_returns_to_all_who_ask_once_the_service_has_really_ended(service: Service) -> None:
+    service.start(size=2).wait_ready()
     with ThreadPoolExecutor() as threads, pidfd(service.pid) as process:
         asked = [threads.submit(service.connect().shutdown) for _ in range(3)]
-        assert [future.result(30) for future in asked] == [None] * 3
+        next(as_completed(asked)).result(30)
         assert ends(process, timeout=0)
+        service.assert_clean()
+        assert [future.result(30) for future in asked] == [None] * 3
     assert service.wait().status == 0
 
 
@@ -164,7 +158,10 @@ def test_after_a_kill_the_workers_are_gone_and_the_next_service_takes_up_the_res
         container.run(["sh", "-c", "echo here > /mine; sleep 1000 > /dev/null 2>&1 &"], check=True)
         pool.wait_ready()
         before = {info.name for info in pool.containers()}
+        workers = len(service.marked())
         service.kill()
+        # What is left belongs to the command that goes on: its supervisor and usher.
+        eventually(lambda: len(service.marked()) <= 2 < workers, "the workers have ended")
         assert (service.host_dir / "pool.sock").exists()
         service.start(size=3)
         # The same pool object, the same containers, with all that is in them.
@@ -177,13 +174,6 @@ def test_after_a_kill_the_workers_are_gone_and_the_next_service_takes_up_the_res
         pool.wait_ready()
         assert {info.name for info in pool.containers()} == before
     service.stop()
-
-
-def test_a_killed_service_leaves_no_process_but_its_containers(service: Service) -> None:
-    service.start(size=1).wait_ready()
-    assert len(service.marked()) > 3
-    service.kill()
-    eventually(lambda: not service.marked(), "its workers have ended")
 
 
 def test_a_call_waits_for_a_killed_service_to_come_back(service: Service) -> None:
@@ -218,14 +208,3 @@ def test_connecting_to_no_service_ends_when_its_time_is_up(service: Service) -> 
     with pytest.raises(ServiceUnavailable, match=str(service.host_dir)):
         PoolManager.connect(service.host_dir, timeout=0.2)
     assert 0.2 <= time.monotonic() - began < 5
-
-
-def test_a_pool_that_is_ending_never_gets_ready(service: Service) -> None:
-    pool = service.start(size=2)
-    pool.wait_ready()
-    with pool.lease("x"):
-        os.kill(service.pid, signal.SIGTERM)
-        eventually(lambda: not pool.status().running, "it is ending")
-        with pytest.raises(PoolTimeout, match="ending"):
-            pool.wait_ready()
-    assert service.wait().status == 0
