@@ -56,6 +56,11 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 def _get(arguments: argparse.Namespace) -> int:
     owner = os.getsid(0) if arguments.owner is None else arguments.owner
+    if arguments.owner is None and owner == os.getpid():
+        raise ValueError(
+            "this process leads its session, so that its lease would end with it, now: name the process that is to "
+            "hold the lease with --owner PID"
+        )
     with PoolManager.connect(arguments.host_dir) as pool:
         identity = arguments.id or ContainerId.create("get")
         container = pool.get(identity, _timeout(arguments), profile=arguments.profile, owner=owner, ttl=arguments.ttl)

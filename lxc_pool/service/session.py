@@ -170,7 +170,7 @@ class Session:
             reply = messages.encode_failure(error)
         except (LxcPoolError, TypeError, ValueError) as error:
             reply = messages.encode_failure(error)
-        except (EOFError, OSError, ProtocolError):
+        except (EOFError, ProtocolError):
             raise
         except Exception as error:  # our bug: the client is told, the log has the rest, the service goes on
             log.exception("%s of %s failed", type(call).__name__, self._peer)

@@ -204,6 +204,16 @@ def test_get_leases_to_the_sessions_leader_unless_told_otherwise(service: Memory
     assert lease.owner_pid == os.getsid(0)
 
 
+def test_get_does_not_lease_to_itself_as_its_sessions_leader(
+    service: MemoryService, lxc_pool: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getsid", lambda _pid: os.getpid())
+    assert lxc_pool.run("get") == 2
+    assert "--owner PID" in lxc_pool.err
+    service.reaches(size=2)
+    assert lxc_pool.run("get", "--owner", os.getpid()) == 0
+
+
 def test_get_says_no_if_none_comes_free(service: MemoryService, lxc_pool: Terminal) -> None:
     take_all(service, lxc_pool)
     assert lxc_pool.run("get", "--timeout", 0) == 1

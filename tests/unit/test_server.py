@@ -660,13 +660,14 @@ def test_the_words_for_why_there_is_none_count_what_there_is(service: MemoryServ
 # --- bugs and the lack of things --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("error", [KeyError("a bug"), OSError(24, "a bug: too many open files")], ids=["bug", "os"])
 def test_a_bug_of_ours_is_told_and_logged_and_the_connection_goes_on(
-    service: MemoryService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    service: MemoryService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     channel = service.channel()
 
     def fail() -> None:
-        raise KeyError("a bug")
+        raise error
 
     monkeypatch.setattr(service.pool, "census", fail)
     with caplog.at_level(logging.ERROR, session.__name__), pytest.raises(InternalError, match="please report it"):
