@@ -11,22 +11,23 @@ The lock guards decisions only: no engine is called, no process is started or wa
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import random
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from lxc_pool.config import Config, check_size
-from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, QuotaExceeded, UnknownLease
+from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
 from lxc_pool.host.processes import ProcessIdentity
-from lxc_pool.model import ContainerInfo, ProfileStatus, State
+from lxc_pool.model import ContainerInfo, State
 from lxc_pool.service import trail
+from lxc_pool.service.census import Census, WarmWait, WarmWaits
 from lxc_pool.service.lanes import Lane
+from lxc_pool.service.leases import Leases, Quota
 from lxc_pool.service.ledger import Entry, Journal
 from lxc_pool.service.lifecycle import Lease, Member, Reason
+from lxc_pool.service.owners import Owners
 from lxc_pool.service.recovery import Verdict
 from lxc_pool.service.shelf import Shelf
 from lxc_pool.service.stock import Stock
@@ -35,41 +36,6 @@ from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watch, Watched
 
 log = logging.getLogger(__name__)
-
-_REMEMBERED = 1000
-"""Ended leases that the pool can still say the reason of."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class WarmWait:
-    """Somebody who waits until *count* containers are warm."""
-
-    count: int | None
-    notify: Callable[[], None]
-    reached: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Quota:
-    """How many containers one user may have or wait for, and how many of its calls may wait."""
-
-    leases: int
-    waiters: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Census:
-    """The counts of the pool at one moment."""
-
-    profiles: dict[str, ProfileStatus]
-    draining: bool
-    error_count: int
-    last_error: str | None
-    backoff: float
-
-    def total(self, field: str) -> int:
-        """Return the sum over all profiles of one of their counts."""
-        return sum(getattr(profile, field) for profile in self.profiles.values())
 
 
 class Pool:
@@ -122,10 +88,9 @@ class Pool:
         )
         self._lock = self._stock.lock
         self._waiting: dict[tuple[int, str], Ticket] = {}
-        self._requests: dict[tuple[int, str], Member] = {}
-        self._owners: dict[ProcessIdentity, Watched] = {}
-        self._ended: OrderedDict[str, tuple[int, str]] = OrderedDict()
-        self._warm_waits: list[WarmWait] = []
+        self._leases = Leases(self._stock)
+        self._owners = Owners(self._lock, watch, self._owner_died)
+        self._warm_waits = WarmWaits(self._stock)
 
     # --- what callers ask ---------------------------------------------------------------------------------------------
 
@@ -142,9 +107,9 @@ class Pool:
             ValueError: Unknown profile, or the owner is dead.
         """
         self._config.profile(ticket.profile)
-        self._hold_owner(ticket.owner)
+        self._owners.hold(ticket.owner)
         with self._lock:
-            member = self._requests.get((ticket.uid, ticket.request))
+            member = self._leases.of_request(ticket.uid, ticket.request)
             if member is not None:
                 member.session = ticket.session
                 ticket.offer = member
@@ -158,7 +123,8 @@ class Pool:
                 self._leave_queue(earlier)
                 self._answer(earlier, PoolClosed("the same request came again, on a newer connection"))
             if quota is not None:
-                self._require_room(ticket.uid, quota)
+                waiting = sum(uid == ticket.uid for uid, _request in self._waiting)
+                self._leases.require_room(ticket.uid, waiting, quota)
             shelf = self._stock.shelves[ticket.profile]
             shelf.waiters.push(ticket)
             self._waiting[ticket.uid, ticket.request] = ticket
@@ -195,11 +161,11 @@ class Pool:
             BackendError: The ledger could not be written; the container goes back.
         """
         with self._lock:
-            member = self._requests.get((uid, request))
+            member = self._leases.of_request(uid, request)
             if member is None or member.lease is None:
                 return None
             if member.state is State.RESERVED:
-                if member.lease.owner not in self._owners:
+                if member.lease.owner is None or not self._owners.are_watched(member.lease.owner):
                     self._take_back(member)  # the owner died since it asked
                     return None
                 if member.lease.ttl is not None:
@@ -216,14 +182,14 @@ class Pool:
     def take_back(self, uid: int, request: str, session: object) -> None:
         """Undo a reservation that *session* holds, because that connection ended or its client took too long."""
         with self._lock:
-            member = self._requests.get((uid, request))
+            member = self._leases.of_request(uid, request)
             if member is not None and member.state is State.RESERVED and member.session is session:
                 self._take_back(member)
 
     def abandon(self, uid: int, request: str) -> None:
         """Undo whatever *request* got: its reservation, or its lease."""
         with self._lock:
-            member = self._requests.get((uid, request))
+            member = self._leases.of_request(uid, request)
             if member is None:
                 return
             if member.state is State.RESERVED:
@@ -245,7 +211,7 @@ class Pool:
             BackendError: The ledger could not be written; nothing has changed.
         """
         with self._lock:
-            member, lease = self._leased(name, uid)
+            member, lease = self._leases.find(name, uid)
             before = lease.expires, lease.owner
             lease.expires = self._watch.now() + ttl
             if drop_owner:
@@ -267,7 +233,7 @@ class Pool:
         """
         with self._lock:
             try:
-                member = self._leased(name, uid)[0]
+                member = self._leases.find(name, uid)[0]
             except LeaseExpired:
                 return
             self._reap(member, Reason.RELEASED)
@@ -280,7 +246,7 @@ class Pool:
             LeaseExpired: It has ended; the message says why.
         """
         with self._lock:
-            return self._leased(name, uid)[0].info(self._watch.now(), private=True)
+            return self._leases.find(name, uid)[0].info(self._watch.now(), private=True)
 
     def with_init(self, name: str, uid: int | None, use: Callable[[Watched], int]) -> int:
         """Return what *use* makes of a leased container's init: called with the lock held, so it is still that one.
@@ -289,7 +255,7 @@ class Pool:
             UnknownLease, LeaseExpired: See `leased`.
         """
         with self._lock:
-            init = self._leased(name, uid)[0].init
+            init = self._leases.find(name, uid)[0].init
             if init is None:
                 raise UnknownLease(f"{name} has no init")
             return use(init)
@@ -306,26 +272,17 @@ class Pool:
     def census(self) -> Census:
         """Return the counts."""
         with self._lock:
-            now = self._watch.now()
-            return Census(
-                {name: shelf.status() for name, shelf in self._stock.shelves.items()},
-                self._stock.draining,
-                self._stock.error_count,
-                self._stock.last_error,
-                max(shelf.backoff.remaining(now) for shelf in self._stock.shelves.values()),
-            )
+            return Census.take(self._stock, self._watch.now())
 
     def await_warm(self, wait: WarmWait) -> None:
         """Call the wait's notify once, now or later, when that many containers are warm."""
         with self._lock:
-            self._warm_waits.append(wait)
-            self._check_warm_waits()
+            self._warm_waits.add(wait)
 
     def forget_wait(self, wait: WarmWait) -> None:
         """Drop a wait; not an error if it has been reached."""
         with self._lock:
-            if wait in self._warm_waits:
-                self._warm_waits.remove(wait)
+            self._warm_waits.drop(wait)
 
     # --- what administrators ask --------------------------------------------------------------------------------------
 
@@ -341,7 +298,7 @@ class Pool:
             shelf.capacity = size
             while shelf.warm and shelf.stock > size:
                 self._reap(shelf.warm[-1], Reason.SURPLUS)
-            self._check_warm_waits()
+            self._warm_waits.look()
             self._stock.wake()
 
     def drain(self) -> None:
@@ -403,12 +360,10 @@ class Pool:
     def let_go(self) -> None:
         """Stop watching everything; for the very end."""
         with self._lock:
-            for watched in [
-                *self._owners.values(),
-                *(member.init for member in self._stock.members.values() if member.init),
-            ]:
-                self._watch.forget(watched)
-            self._owners.clear()
+            self._owners.let_go()
+            for member in self._stock.members.values():
+                if member.init is not None:
+                    self._watch.forget(member.init)
 
     def refill(self) -> None:
         """Let the place of a leased container be filled."""
@@ -429,11 +384,13 @@ class Pool:
             with self._lock:
                 self._stock.add(member)
                 if member.lease is not None:
-                    self._requests[member.lease.uid, member.lease.request] = member
+                    self._leases.enter(member, member.lease)
                     self._arm_expiry(member.name, member.lease)
                 elif member.state is State.WARM:
                     self._stock.shelf_of(member).warm.append(member)
                 if verdict.reason is not None:
+                    if verdict.entry.lease is not None:
+                        self._leases.remember(member.name, verdict.entry.lease.uid, verdict.reason)
                     member.retries = 1  # what state it is in is not known: remove it by force
                     self._reap(member, verdict.reason)
             if verdict.reason is None:
@@ -447,7 +404,7 @@ class Pool:
         init, reason = None, None
         try:
             if member.lease is not None and member.lease.owner is not None:
-                self._hold_owner(member.lease.owner)
+                self._owners.hold(member.lease.owner)
         except ValueError:
             reason = Reason.OWNER_DIED
         try:
@@ -467,34 +424,18 @@ class Pool:
 
     # --- deaths and times ---------------------------------------------------------------------------------------------
 
-    def _hold_owner(self, owner: ProcessIdentity) -> None:
-        """Watch *owner* from now on until it ends."""
-        with self._lock:
-            if owner in self._owners:
-                return
-        try:
-            watched = self._watch.watch(owner, functools.partial(self._owner_died, owner))
-        except ProcessLookupError as error:
-            raise ValueError(f"owner {owner.pid} is not a living process") from error
-        with self._lock:
-            if self._owners.setdefault(owner, watched) is not watched:
-                self._watch.forget(watched)  # another thread was faster
-
     def _owner_died(self, owner: ProcessIdentity) -> None:
-        with self._lock:
-            watched = self._owners.pop(owner, None)
-            if watched is not None:
-                self._watch.forget(watched)
-            for ticket in [ticket for ticket in self._waiting.values() if ticket.owner == owner]:
-                self._leave_queue(ticket)
-                self._answer(ticket, ValueError(f"owner {owner.pid} has ended"))
-            for member in list(self._requests.values()):
-                if member.lease is None or member.lease.owner != owner:
-                    continue
-                if member.state is State.LEASED:
-                    self._reap(member, Reason.OWNER_DIED)
-                elif member.state is State.RESERVED:
-                    self._take_back(member)  # now, and not when it has not confirmed in time
+        """End what an owner had; with the lock held."""
+        for ticket in [ticket for ticket in self._waiting.values() if ticket.owner == owner]:
+            self._leave_queue(ticket)
+            self._answer(ticket, ValueError(f"owner {owner.pid} has ended"))
+        for member, lease in self._leases:
+            if lease.owner != owner:
+                continue
+            if member.state is State.LEASED:
+                self._reap(member, Reason.OWNER_DIED)
+            elif member.state is State.RESERVED:
+                self._take_back(member)  # now, and not when it has not confirmed in time
 
     def _init_died(self, name: str) -> None:
         with self._lock:
@@ -518,24 +459,13 @@ class Pool:
             ticket, member = shelf.waiters.pop(), shelf.warm.popleft()
             self._stock.move(member, State.RESERVED)
             member.session = ticket.session
-            member.lease = Lease(ticket.request, ticket.id, ticket.uid, ticket.owner, ticket.ttl)
-            self._requests[ticket.uid, ticket.request] = member
+            self._leases.enter(member, Lease(ticket.request, ticket.id, ticket.uid, ticket.owner, ticket.ttl))
             ticket.offer = member
             self._answer(ticket)
 
-    def _require_room(self, uid: int, quota: Quota) -> None:
-        waiting = sum(user == uid for user, _request in self._waiting)
-        having = sum(user == uid for user, _request in self._requests)
-        if waiting >= quota.waiters:
-            raise QuotaExceeded(f"uid {uid} has {waiting} calls waiting, as many as one user may")
-        if having + waiting >= quota.leases:
-            raise QuotaExceeded(
-                f"uid {uid} has {having} containers and waits for {waiting}, as many as one user may: release some"
-            )
-
     def _take_back(self, member: Member) -> None:
         """Put a reserved container back: nobody has used it."""
-        self._end_lease(member)
+        self._leases.strike_out(member)
         member.session = None
         self._put_on_shelf(member)
 
@@ -559,7 +489,7 @@ class Pool:
             log.info("%d of %d containers of profile %r are warm", size, shelf.capacity, member.profile)
             shelf.filled = size >= shelf.capacity
         self._serve(shelf)
-        self._check_warm_waits()
+        self._warm_waits.look()
 
     def _reap(self, member: Member, reason: Reason) -> None:
         """Let a container be removed, from whatever state it is in."""
@@ -569,13 +499,9 @@ class Pool:
         if member.state is State.WARM:
             shelf.warm.remove(member)
         if member.state is State.LEASED and member.lease is not None:
-            self._ended[member.name] = (member.lease.uid, reason)
-            if len(self._ended) > _REMEMBERED:
-                self._ended.popitem(last=False)
-        if member.lease is not None:
-            if member.state is State.LEASED:
-                self._record_end(member, member.lease, reason)
-            self._end_lease(member)
+            self._leases.remember(member.name, member.lease.uid, reason)
+            self._record_end(member, member.lease, reason)
+        self._leases.strike_out(member)
         if member.init is not None:
             self._watch.forget(member.init)
             member.init = None
@@ -592,22 +518,6 @@ class Pool:
             owner=lease.owner.pid if lease.owner else None,
             seconds=self._watch.now() - member.since,
         )
-
-    def _end_lease(self, member: Member) -> None:
-        if member.lease is not None:
-            if member.lease.expiry:
-                member.lease.expiry.cancel()
-            del self._requests[member.lease.uid, member.lease.request]
-            member.lease = None
-
-    def _leased(self, name: str, uid: int | None) -> tuple[Member, Lease]:
-        member = self._stock.members.get(name)
-        if member is not None and member.state is State.LEASED and member.lease is not None:
-            if uid is None or uid == member.lease.uid:
-                return member, member.lease
-        elif name in self._ended and uid in (None, self._ended[name][0]):
-            raise LeaseExpired(f"the lease of {name} has ended: {self._ended[name][1]}")
-        raise UnknownLease(f"no lease of {name!r} is yours: it never was, is long over, or is another user's")
 
     def _arm_expiry(self, name: str, lease: Lease) -> None:
         if lease.expires is not None:
@@ -628,12 +538,3 @@ class Pool:
         self._stock.shelves[ticket.profile].waiters.remove(ticket)
         if self._waiting.get((ticket.uid, ticket.request)) is ticket:
             del self._waiting[ticket.uid, ticket.request]
-
-    def _check_warm_waits(self) -> None:
-        warm = sum(shelf.counts[State.WARM] for shelf in self._stock.shelves.values())
-        capacity = sum(shelf.capacity for shelf in self._stock.shelves.values())
-        for wait in list(self._warm_waits):
-            if warm >= (capacity if wait.count is None else wait.count):
-                self._warm_waits.remove(wait)
-                wait.reached = True
-                wait.notify()

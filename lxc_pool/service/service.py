@@ -18,7 +18,9 @@ from lxc_pool.host import addresses
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.service import trail
 from lxc_pool.service.access import Peer, Policy, owner_of
-from lxc_pool.service.pool import Pool, Quota, WarmWait
+from lxc_pool.service.census import WarmWait
+from lxc_pool.service.leases import Quota
+from lxc_pool.service.pool import Pool
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watched
 from lxc_pool.wire import messages

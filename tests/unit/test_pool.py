@@ -19,7 +19,7 @@ from lxc_pool.errors import (
 )
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import State
-from lxc_pool.service.pool import WarmWait
+from lxc_pool.service.census import WarmWait
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watched
 from tests.support.world import World
