@@ -51,6 +51,9 @@ class WarmWaits:
         self._stock = stock
         self._waits: list[WarmWait] = []
 
+    def __len__(self) -> int:
+        return len(self._waits)
+
     def add(self, wait: WarmWait) -> None:
         """Call the wait's notify once, now or later, when that many containers are warm."""
         self._waits.append(wait)

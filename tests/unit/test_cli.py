@@ -533,7 +533,7 @@ def test_waiting_can_be_interrupted(service: MemoryService, lxc_pool: Terminal) 
     take_all(service, lxc_pool)
 
     def interrupt() -> None:
-        while not service.pool._warm_waits._waits:
+        while not service.pool._warm_waits:
             threading.Event().wait(0.001)
         os.kill(os.getpid(), 2)
 
