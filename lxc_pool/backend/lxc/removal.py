@@ -35,7 +35,7 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        problems.append(f"{error.filename}: {error.strerror}")
+        problems.append(f"{error.filename}, below {directory}: {error.strerror}")  # rmtree tells no path
     with contextlib.suppress(FileNotFoundError):
         (LOCKS / str(lxcpath).lstrip("/") / f".{name}").unlink()
     if not problems:
