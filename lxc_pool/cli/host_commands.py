@@ -1,4 +1,4 @@
-"""Commands about this host: check, serve, image.
+"""Commands about this host: check, serve.
 
 What needs the `server` extra is imported where it is used: the program is the clients' too.
 """
@@ -6,18 +6,16 @@ What needs the `server` extra is imported where it is used: the program is the c
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import logging
 import logging.handlers
 import queue
 import sys
-import time
 from pathlib import Path
 
 from lxc_pool import config
 from lxc_pool.cli.options import add_state_dir
-from lxc_pool.cli.output import Progress, print_json, print_table
+from lxc_pool.cli.output import print_json
 from lxc_pool.errors import ConfigError
 
 
@@ -37,16 +35,6 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     add_state_dir(parser)
     parser.set_defaults(function=_serve)
-    images = commands.add_parser("image", help="list and build base images").add_subparsers(
-        dest="image_command", metavar="COMMAND", required=True
-    )
-    parser = images.add_parser("ls", parents=[common], help="list every version of every image")
-    add_state_dir(parser)
-    parser.set_defaults(function=_image_ls)
-    parser = images.add_parser("build", parents=[common], help="build a new version of an image")
-    parser.add_argument("name", metavar="NAME", help="which: busybox")
-    add_state_dir(parser)
-    parser.set_defaults(function=_image_build)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -100,51 +88,3 @@ def _log_to_stderr(level: int, *, as_json: bool) -> logging.handlers.QueueListen
     listener.start()
     logging.basicConfig(level=level, handlers=[logging.handlers.QueueHandler(records)])
     return listener
-
-
-def _image_ls(arguments: argparse.Namespace) -> int:
-    from lxc_pool.images.store import ImageStore
-
-    images = ImageStore(arguments.state_dir.absolute() / "images").list()
-    if arguments.json:
-        print_json(
-            [
-                {
-                    "name": image.name,
-                    "version": image.version,
-                    "size": image.size,
-                    "created": image.created,
-                    "checksum": image.checksum,
-                    "rootfs": str(image.rootfs),
-                }
-                for image in images
-            ]
-        )
-        return 0
-    print_table(
-        ("name", "version", "MiB", "created"),
-        [
-            (
-                image.name,
-                image.version,
-                f"{image.size / 2**20:.1f}",
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(image.created)),
-            )
-            for image in images
-        ],
-    )
-    return 0
-
-
-def _image_build(arguments: argparse.Namespace) -> int:
-    from lxc_pool.images.store import ImageStore
-
-    progress = Progress(quiet=arguments.json)
-    with contextlib.ExitStack() as stack:
-        stack.callback(progress.end)
-        image = ImageStore(arguments.state_dir.absolute() / "images").build(arguments.name, progress.show)
-    if arguments.json:
-        print_json({"name": image.name, "version": image.version, "rootfs": str(image.rootfs)})
-    else:
-        print(image.ref)
-    return 0

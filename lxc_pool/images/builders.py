@@ -19,4 +19,4 @@ it mounts belongs in a mount namespace of its own.
 """
 
 BUILDERS: Mapping[str, Builder] = MappingProxyType({"busybox": busybox.build})
-"""The builder of each image that needs nothing but its name."""
+"""The builder of each image that a service makes by itself: quickly, of what is on the host, from its name alone."""

@@ -27,6 +27,9 @@ class Image:
         size: Bytes in its regular files.
         created: When it was built, in seconds since the epoch; a later version of the same name is later here.
         checksum: Over the whole tree when it was built; see `verify`.
+        probe: What has to succeed in a container before it counts as warm, unless its profile says otherwise; empty:
+            that its init runs is enough.
+        origin: What it was made of, in words.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Image:
     size: int
     created: float
     checksum: str
+    probe: tuple[str, ...] = ()
+    origin: str = ""
 
     @property
     def ref(self) -> str:
@@ -57,6 +62,9 @@ def load(directory: Path) -> Image | None:
             size=int(fields["size"]),
             created=float(fields["created"]),
             checksum=str(fields["checksum"]),
+            # Older manifests have neither.
+            probe=tuple(str(word) for word in fields.get("probe", ())),
+            origin=str(fields.get("origin", "")),
         )
         if not tree.is_directory(image.rootfs):
             raise ValueError("there is no rootfs directory")
@@ -93,5 +101,5 @@ def verify(image: Image) -> None:
     if measured.checksum != image.checksum:
         raise ImageError(
             f"base image {image.ref} has changed since it was built ({measured.checksum}, not {image.checksum}); "
-            f"build a new version: lxc-pool image build {image.name}"
+            "make a new version of it (lxc-pool image build, or import), and remove this one"
         )

@@ -1,10 +1,11 @@
 """Keep base images on disk: versions that appear complete or not at all, and never change afterwards.
 
     DIRECTORY/.lock-NAME                          flock: whoever builds or sweeps NAME holds it
-    DIRECTORY/NAME/.partial-RANDOM/               a build in progress, or what a killed one left
+    DIRECTORY/NAME/.partial-RANDOM/               a build or removal in progress, or what a killed one left
     DIRECTORY/NAME/VERSION/{rootfs/,manifest.json}
 
-A version directory is renamed into place with its manifest in it, so that readers need no lock.
+A version directory is renamed into place with its manifest in it, and out of it before anything in it is removed, so
+that readers need no lock. Only root may look into DIRECTORY: images may have setuid programs, and foreign content.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from lxc_pool.errors import ImageError
-from lxc_pool.images import manifest, tree
+from lxc_pool.images import init, manifest, tree
 from lxc_pool.images.builders import BUILDERS, Builder, Report
 from lxc_pool.images.manifest import Image, verify
 
@@ -35,7 +36,10 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _VERSION = re.compile(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{6}")
 _PARTIAL = ".partial-"
 _DIRECTORY_MODE = 0o711
-"""For what the store makes itself: an unprivileged container's root must get through, nobody needs to look around."""
+"""For what the store makes itself, but for its own directory: what is not secret, nobody needs to look around in."""
+
+_STORE_MODE = 0o700
+"""For the store's directory. Containers see images through mounts that the host's root makes."""
 
 
 class ImageStore:
@@ -89,21 +93,87 @@ class ImageStore:
             return image
         self._builder(name)  # an unknown name must not leave a lock file
         with self._building(name):
-            return self.newest(name) or self._build(name, report)
+            return self.newest(name) or self._build(name, report, self._builder(name), "")
 
-    def build(self, name: str, report: Report) -> Image:
+    def build(self, name: str, report: Report, builder: Builder | None = None, origin: str = "") -> Image:
         """Build a new version of *name*, after any other build of it has ended.
 
         Args:
             name: The image's name.
             report: Takes one line for each step.
+            builder: What fills it; None: the one that is known by that name.
+            origin: What it is made of, in words.
 
         Raises:
             ImageError: It can't be built; nothing is left of the attempt.
         """
-        self._builder(name)
+        _checked(name)
+        builder = builder or self._builder(name)
         with self._building(name):
-            return self._build(name, report)
+            return self._build(name, report, builder, origin)
+
+    def find(self, reference: str) -> tuple[Image, ...]:
+        """Return the versions that *reference* names, oldest first: `NAME` names all, `NAME:VERSION` one.
+
+        Raises:
+            ImageError: There is none of that name and version.
+        """
+        name, colon, version = reference.partition(":")
+        _checked(name)
+        found = tuple(image for image in self.list() if image.name == name and (not colon or image.version == version))
+        if not found:
+            present = ", ".join(image.ref for image in self.list()) or "none"
+            raise ImageError(f"no base image {reference!r} in {self.directory}; images there: {present}")
+        return found
+
+    def remove(self, reference: str, in_use: Callable[[], Collection[str]]) -> tuple[Image, ...]:
+        """Remove the versions that *reference* names, all or none; see `find`.
+
+        Args:
+            reference: Which.
+            in_use: Returns the refs of versions that containers are cloned from; called under the image's lock.
+
+        Raises:
+            ImageError: There is none, or one is in use: nothing is removed. Or it could not be removed.
+        """
+        found = self.find(reference)
+        with self._building(found[0].name):
+            if used := sorted({image.ref for image in found} & set(in_use())):
+                raise ImageError(
+                    f"{', '.join(used)}: in use by containers, or what the running service makes new ones of; "
+                    "build or import a newer version: the service removes old ones once nobody uses them"
+                )
+            self._discard(found)
+        return found
+
+    def collect(self, keep: Collection[str]) -> tuple[Image, ...]:
+        """Remove versions that a newer one has replaced and nobody uses; and what interrupted builds left.
+
+        Images that are being built just now are passed over.
+
+        Args:
+            keep: The refs of versions that are in use.
+
+        Raises:
+            ImageError: Some could not be removed; the rest is.
+        """
+        removed: tuple[Image, ...] = ()
+        failures = []
+        for name in self._names():
+            try:
+                with self._building(name, wait=False):
+                    self._sweep(name)
+                    versions = [image for image in self.list() if image.name == name]
+                    old = tuple(image for image in versions[:-1] if image.ref not in keep)
+                    self._discard(old)
+                    removed += old
+            except BlockingIOError:
+                continue  # a live build
+            except (ImageError, OSError) as error:
+                failures.append(str(error))
+        if failures:
+            raise ImageError(f"could not remove old images: {'; '.join(failures)}")
+        return removed
 
     def sweep(self) -> tuple[Path, ...]:
         """Remove what interrupted builds left, and return it; builds that are going on are left alone.
@@ -132,9 +202,10 @@ class ImageStore:
         builder = self._builders.get(_checked(name))
         if builder is None:
             present = ", ".join(image.ref for image in self.list()) or "none"
-            known = ", ".join(f"lxc-pool image build {other}" for other in sorted(self._builders)) or "nothing"
+            known = ", ".join(f"lxc-pool image build {other}" for other in sorted({*self._builders, "debian"}))
             raise ImageError(
-                f"no base image {name!r} in {self.directory}; images there: {present}; to build one: {known}"
+                f"no base image {name!r} in {self.directory}; images there: {present}; "
+                f"to make one: {known}, lxc-pool image import {name} DIR|TAR"
             )
         return builder
 
@@ -148,6 +219,8 @@ class ImageStore:
         """
         try:
             _make_directory(self.directory)
+            if self.directory.stat().st_mode & 0o077:
+                self.directory.chmod(_STORE_MODE)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             lock = os.open(self.directory / f".lock-{name}", flags, 0o600)
         except OSError as error:
@@ -159,7 +232,7 @@ class ImageStore:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a child that a builder forked may still hold the descriptor
             os.close(lock)
 
-    def _build(self, name: str, report: Report) -> Image:
+    def _build(self, name: str, report: Report, builder: Builder, origin: str) -> Image:
         """Build under the lock of *name*."""
         began = time.monotonic()
         report(f"building base image {name}")
@@ -171,8 +244,8 @@ class ImageStore:
                 rootfs = partial / "rootfs"
                 rootfs.mkdir()
                 rootfs.chmod(0o755)
-                self._builder(name)(rootfs, report)
-                image = self._publish(name, partial)
+                builder(rootfs, report)
+                image = self._publish(name, partial, origin)
             finally:
                 tree.remove(partial)  # after publishing there is nothing of that name
         except OSError as error:
@@ -180,7 +253,7 @@ class ImageStore:
         report(f"built {image.ref}, {image.size / 1e6:.1f} MB in {time.monotonic() - began:.2f} s")
         return image
 
-    def _publish(self, name: str, partial: Path) -> Image:
+    def _publish(self, name: str, partial: Path, origin: str) -> Image:
         """Measure what *partial* holds, write the manifest and make it a version."""
         created = time.time()
         newest = self.newest(name)
@@ -190,12 +263,24 @@ class ImageStore:
         version = f"{stamp}-{secrets.token_hex(3)}"
         measured = tree.measure(partial / "rootfs")
         final = self.directory / name / version
-        image = Image(name, version, final / "rootfs", measured.size, created, measured.checksum)
+        probe = init.probe_for(partial / "rootfs")
+        image = Image(name, version, final / "rootfs", measured.size, created, measured.checksum, probe, origin)
         manifest.save(partial, image)
         partial.chmod(_DIRECTORY_MODE)
         _sync(partial)
         partial.rename(final)
         return image
+
+    def _discard(self, images: Collection[Image]) -> None:
+        """Remove versions, under the lock of their name: first all from sight."""
+        doomed = []
+        for image in images:
+            version = image.rootfs.parent
+            doomed.append(version.with_name(f"{_PARTIAL}{image.version}"))
+            version.rename(doomed[-1])
+            _log.info("removing base image %s", image.ref)
+        for directory in doomed:
+            tree.remove(directory)
 
     def _sweep(self, name: str) -> tuple[Path, ...]:
         """Remove partial builds of *name*, under its lock."""

@@ -127,16 +127,24 @@ def test_a_name_that_could_leave_the_store_is_refused(tmp_path: Path, name: str)
             act(name)
 
 
-def test_others_may_pass_through_but_not_write_whatever_the_umask(tmp_path: Path) -> None:
+def test_nobody_but_root_may_look_at_images_whatever_the_umask(tmp_path: Path) -> None:
     umask = os.umask(0o077)
     try:
-        image = toy_store(tmp_path / "new/parents").build("toy", silent)
+        store = toy_store(tmp_path / "new/parents")
+        image = store.build("toy", silent)
     finally:
         os.umask(umask)
-    for directory in (image.rootfs, *list(image.rootfs.parents)[:5]):
-        mode = stat.S_IMODE(directory.stat().st_mode)
-        assert mode & 0o001, directory
-        assert not mode & 0o022, directory
+    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE(image.rootfs.stat().st_mode) == 0o755  # what a container sees as its root
+    for directory in list(store.directory.parents)[:2]:
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o711
+
+
+def test_a_directory_of_images_that_others_may_enter_is_closed(tmp_path: Path) -> None:
+    store = toy_store(tmp_path)
+    store.directory.mkdir(mode=0o755)
+    store.build("toy", silent)
+    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
 
 
 def test_a_failed_build_leaves_nothing_and_says_why(tmp_path: Path) -> None:

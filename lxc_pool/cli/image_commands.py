@@ -1,0 +1,194 @@
+"""Commands about base images: image ls, build, import, verify, rm.
+
+What needs the `server` extra is imported where it is used: the program is the clients' too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from lxc_pool.cli.options import add_state_dir
+from lxc_pool.cli.output import Progress, print_json, print_table
+from lxc_pool.errors import ConfigError, ImageError, LxcPoolError
+
+if TYPE_CHECKING:
+    from lxc_pool.images.store import Image, ImageStore
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    """Add the commands to the parser."""
+    images = commands.add_parser("image", help="list, build, import, verify and remove base images").add_subparsers(
+        dest="image_command", metavar="COMMAND", required=True
+    )
+
+    def add(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        parser = images.add_parser(name, parents=[common], help=text)
+        add_state_dir(parser)
+        parser.set_defaults(function=function)
+        return parser
+
+    add("ls", _ls, "list every version of every image")
+    parser = add("build", _build, "build a new version of an image")
+    parser.add_argument("kind", metavar="KIND", help="busybox, or debian (which takes a mirror and a minute)")
+    parser.add_argument("--name", metavar="NAME", help="what to call it (default: KIND)")
+    debian = parser.add_argument_group("debian only")
+    debian.add_argument("--suite", metavar="S", help="the release (default: the host's if that is Debian, else stable)")
+    debian.add_argument(
+        "--include", metavar="PKG", nargs="+", action="extend", default=[], help="packages to install as well"
+    )
+    debian.add_argument("--mirror", metavar="URL", help="where from (default: what the host's apt uses)")
+    parser = add("import", _import, "make a new version of an image from a directory, an archive or an OCI image")
+    parser.add_argument("name", metavar="NAME", help="what to call it")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a directory; a tar archive, also .gz, .zst, .xz; an OCI layout; an archive of `docker save`; "
+        "after the last two may come :TAG",
+    )
+    parser = add("verify", _verify, "check that images are what was built")
+    parser.add_argument("images", metavar="NAME[:VERSION]", nargs="*", help="which (default: all)")
+    parser = add("rm", _rm, "remove an image that nobody uses: one version, or all")
+    parser.add_argument("image", metavar="NAME[:VERSION]", help="which")
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    images = _store(arguments).list()
+    if arguments.json:
+        print_json([_as_dict(image) for image in images])
+        return 0
+    print_table(
+        ("name", "version", "MiB", "created", "made of"),
+        [
+            (
+                image.name,
+                image.version,
+                f"{image.size / 2**20:.1f}",
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(image.created)),
+                image.origin or None,
+            )
+            for image in images
+        ],
+    )
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from lxc_pool.images.debian import Recipe
+
+    packages = tuple(package for words in arguments.include for package in words.replace(",", " ").split())
+    recipe = Recipe(arguments.suite, packages, arguments.mirror)
+    name = arguments.name or arguments.kind
+    if arguments.kind == "debian":
+        recipe.check()
+        words = ["Debian", arguments.suite or "", f"with {' '.join(packages)}" if packages else ""]
+        return _make(arguments, name, recipe.build, " ".join(filter(None, words)))
+    if recipe != Recipe():
+        raise ConfigError("--suite, --include and --mirror are for `image build debian` only")
+    if name != arguments.kind:
+        raise ConfigError(f"only a Debian image may have another name; this one is {arguments.kind}")
+    return _make(arguments, name, None, "")
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from lxc_pool.images import imports
+
+    return _make(arguments, arguments.name, imports.builder(arguments.source), f"import of {arguments.source}")
+
+
+def _make(arguments: argparse.Namespace, name: str, builder: Any, origin: str) -> int:
+    with _progress(arguments) as progress:
+        store = _store(arguments)
+        image = store.build(name, progress.show, builder, origin)
+    if arguments.json:
+        print_json(_as_dict(image))
+    else:
+        print(image.ref)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from lxc_pool.images.store import verify
+
+    store = _store(arguments)
+    images = [image for reference in arguments.images for image in store.find(reference)]
+    results: list[tuple[Image, str | None]] = []
+    with _progress(arguments) as progress:
+        for image in images if arguments.images else store.list():
+            progress.show(f"verifying {image.ref}")
+            try:
+                verify(image)
+                results.append((image, None))
+            except ImageError as error:
+                results.append((image, str(error)))
+    if arguments.json:
+        print_json([{"name": i.name, "version": i.version, "ok": not wrong, "problem": wrong} for i, wrong in results])
+    else:
+        for image, wrong in results:
+            print(wrong or f"{image.ref}: unchanged since it was made")
+    return 1 if any(wrong for _, wrong in results) else 0
+
+
+def _rm(arguments: argparse.Namespace) -> int:
+    removed = _store(arguments).remove(arguments.image, lambda: _in_use(arguments))
+    if arguments.json:
+        print_json([_as_dict(image) for image in removed])
+    else:
+        for image in removed:
+            print(image.ref)
+    return 0
+
+
+def _in_use(arguments: argparse.Namespace) -> set[str]:
+    """Return what the state dir's containers are cloned from, and what its service makes new ones of.
+
+    Raises:
+        ImageError: A service runs that can't be asked.
+    """
+    from lxc_pool import PoolManager
+    from lxc_pool.service import ledger
+    from lxc_pool.service.directories import running_service
+
+    state_dir = arguments.state_dir.absolute()
+    used = {entry.image for entry in ledger.read(state_dir / "ledger.db")}
+    if (pid := running_service(state_dir)) is not None:
+        try:
+            with PoolManager.connect(arguments.host_dir) as pool:
+                status = pool.status()
+        except LxcPoolError as error:
+            raise ImageError(f"the service with pid {pid} can't be asked what it uses: {error}") from error
+        if pid not in (0, status.pid):
+            raise ImageError(f"{state_dir} is used by the service with pid {pid}: give its --host-dir, too")
+        used |= {profile.image for profile in status.profiles.values() if profile.image}
+    return used
+
+
+def _store(arguments: argparse.Namespace) -> ImageStore:
+    from lxc_pool.images.store import ImageStore
+
+    return ImageStore(arguments.state_dir.absolute() / "images")
+
+
+@contextlib.contextmanager
+def _progress(arguments: argparse.Namespace) -> Iterator[Progress]:
+    progress = Progress(quiet=arguments.json)
+    try:
+        yield progress
+    finally:
+        progress.end()
+
+
+def _as_dict(image: Image) -> dict[str, object]:
+    return {
+        "name": image.name,
+        "version": image.version,
+        "size": image.size,
+        "created": image.created,
+        "checksum": image.checksum,
+        "rootfs": str(image.rootfs),
+        "origin": image.origin,
+        "probe": list(image.probe),
+    }
