@@ -15,6 +15,15 @@ from lxc_pool.host import idranges
 _DROPPED_CAPABILITIES = "mac_admin mac_override sys_module sys_rawio sys_time"
 """Of privileged containers; what Debian's common.conf drops too: none of it is confined to a namespace."""
 
+_SHARES = {
+    "max_inotify_instances": 32,
+    "max_fanotify_groups": 32,
+    **{f"max_{kind}_namespaces": 128 for kind in ("user", "pid", "mnt", "net", "uts", "ipc", "cgroup", "time")},
+}
+"""What an unprivileged container may take of what the kernel counts against the host's root for all of them together:
+one container took all 128 inotify instances, the host's own included (measured). Guesses: systemd takes under ten of
+each. Source: Linux kernel/ucount.c, Documentation/admin-guide/sysctl/user.rst."""
+
 _DEVICES = ("c 1:3", "c 1:5", "c 1:7", "c 1:8", "c 1:9", "c 5:0", "c 5:1", "c 5:2", "c 136:*")
 """null, zero, full, random, urandom, tty, console, ptmx, pts: what a privileged container may use."""
 
@@ -56,6 +65,9 @@ def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int |
     else:
         lines += [
             ("lxc.mount.auto", "proc:rw sys:rw cgroup:rw:force"),
+            # With it, its root could raise those shares again; it is good for little else in a user namespace.
+            ("lxc.cap.drop", "sys_resource"),
+            *((f"lxc.sysctl.user.{name}", str(share)) for name, share in _SHARES.items()),
             ("lxc.idmap", f"u 0 {first_id} {idranges.SIZE}"),
             ("lxc.idmap", f"g 0 {first_id} {idranges.SIZE}"),
         ]

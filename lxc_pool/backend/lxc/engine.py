@@ -94,8 +94,13 @@ class LxcBackend:
         except OSError as error:
             raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
         init = self._await_init(blueprint, directory)
-        if wrong := limits.problems(blueprint.profile, cgroups.payload_cgroups(blueprint.name)):
+        directories = cgroups.payload_cgroups(blueprint.name)
+        if wrong := limits.problems(blueprint.profile, directories):
             raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
+        try:
+            limits.seal(blueprint.profile, directories)
+        except OSError as error:
+            raise StartFailed(f"{blueprint.name} is up, but its cgroups could not be closed to it: {error}") from error
         if blueprint.profile.probe:
             self._probe(blueprint)
         return init

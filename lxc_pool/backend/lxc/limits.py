@@ -5,12 +5,18 @@ Source: Linux Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from lxc_pool.config import ProfileConfig
 
 _PAGE = 4096
+
+_MOST_CGROUPS = 500
+"""Cgroups below a container's own, those of its commands included. A guess: systemd makes some dozens. The memory
+controller can count 65 535 on the whole machine. Source: Linux mm/memcontrol.c, MEM_CGROUP_ID_MAX."""
 
 
 def shares(weight: int) -> int:
@@ -49,3 +55,43 @@ def problems(profile: ProfileConfig, directories: Iterable[Path]) -> list[str]:
             f"{what}: {file} is {found[file]}, not {expected[file]}" for file in here if found[file] != expected[file]
         ]
     return bad
+
+
+def seal(profile: ProfileConfig, directories: Iterable[Path]) -> None:
+    """Close what liblxc leaves open of a running container's cgroups: how many it may make, and the host's swap.
+
+    In a version 1 hierarchy nothing limits their number; so there its root may make none (liblxc gives it the
+    directory), but in one without controllers, which systemd needs and which costs least.
+
+    Args:
+        profile: What the container was to have.
+        directories: As for `problems`.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    for directory in directories:
+        if (directory / "cgroup.max.descendants").exists():
+            (directory / "cgroup.max.descendants").write_text(str(_MOST_CGROUPS), encoding="ascii")
+        elif any(_is_controllers(name) for name in os.listdir(directory)):
+            for cgroup, _, _ in os.walk(directory):
+                for path in (cgroup, f"{cgroup}/cgroup.procs", f"{cgroup}/tasks"):
+                    os.chown(path, 0, 0)
+        # Not there on a host that does not count swap.
+        for file, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", profile.memory)):
+            with contextlib.suppress(FileNotFoundError):
+                _overwrite(directory / file, str(value))
+
+
+def _is_controllers(file: str) -> bool:
+    """Tell whether a file of a version 1 cgroup is a controller's, and not one that each hierarchy has."""
+    return not file.startswith(("cgroup.", "tasks", "notify_on_release", "release_agent", "lxc_pool."))
+
+
+def _overwrite(file: Path, text: str) -> None:
+    """Write to a file that is there; unlike `write_text`, never make one."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)

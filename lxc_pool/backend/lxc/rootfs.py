@@ -44,5 +44,7 @@ def mounted(blueprint: Blueprint, directory: Path, user_namespace: int | None, o
             lower = directory / "lower"
             stack.enter_context(mounts.idmapped(blueprint.image.rootfs, lower, user_namespace))
         options = f"lowerdir={lower},upperdir={upper}/delta,workdir={upper}/work"
-        stack.enter_context(mounts.mounted("overlay", directory / "rootfs", options))
+        # No devices: a node in an imported image would be the host's device. The container can't undo what was so when
+        # its user namespace came; liblxc binds its own nodes over /dev.
+        stack.enter_context(mounts.mounted("overlay", directory / "rootfs", options, mounts.MS_NODEV))
         yield

@@ -1,0 +1,331 @@
+/* What an attacker inside a container tries; `attack WHAT` prints `key=value` words, one line for each try.
+
+   Built statically by the tests, as a busybox container has no libraries. Every try is one system call or few, so
+   that what is refused is the call itself, and not a program's own second thoughts. */
+
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/keyctl.h>
+#include <sched.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static void say(const char *what, long result) {
+    printf("%s=%s\n", what, result < 0 ? strerrorname_np(errno) : "ok");
+    fflush(stdout);
+}
+
+/* Hold what was taken until somebody closes standard input. */
+static void hold(void) {
+    char byte;
+    while (read(0, &byte, 1) > 0) {
+    }
+}
+
+static int calls(void) {
+    char image[16] = "no module";
+    say("init_module", syscall(SYS_init_module, image, sizeof image, ""));
+    say("finit_module", syscall(SYS_finit_module, open("/dev/null", O_RDONLY), "", 0));
+    say("delete_module", syscall(SYS_delete_module, "loop", O_NONBLOCK));
+    say("kexec_load", syscall(SYS_kexec_load, 0L, 0L, NULL, 0L));
+    say("kexec_file_load", syscall(SYS_kexec_file_load, -1, -1, 0L, "", 0L));
+    struct { struct file_handle head; char id[8]; } handle = {{8, 1}, {2}};
+    say("open_by_handle_at", syscall(SYS_open_by_handle_at, AT_FDCWD, &handle, O_RDONLY));
+    say("reboot", syscall(SYS_reboot, 0xfee1dead, 672274793, 0x89abcdef, NULL));
+    struct timespec now = {0, 0};
+    say("clock_settime", clock_settime(CLOCK_REALTIME, &now));
+    say("swapon", syscall(SYS_swapon, "/dev/zero", 0));
+    say("syslog", syscall(SYS_syslog, 5, NULL, 0));
+    say("iopl", syscall(SYS_iopl, 3));
+    say("add_key", syscall(SYS_add_key, "user", "k", "v", 1L, KEY_SPEC_PROCESS_KEYRING));
+    say("keyctl", syscall(SYS_keyctl, KEYCTL_GET_KEYRING_ID, KEY_SPEC_USER_KEYRING, 1));
+    say("request_key", syscall(SYS_request_key, "user", "k", NULL, KEY_SPEC_PROCESS_KEYRING));
+    say("umount_force", umount2("/proc", MNT_FORCE));
+    say("mknod_disk", mknod("/disk", S_IFBLK | 0666, makedev(8, 0)));
+    say("mknod_kmsg", mknod("/kmsg", S_IFCHR | 0666, makedev(1, 11)));
+    say("setns_own_init", setns(open("/proc/1/ns/user", O_RDONLY), CLONE_NEWUSER));
+    struct rlimit limit = {1 << 30, 1 << 30};
+    say("raise_nofile", setrlimit(RLIMIT_NOFILE, &limit));
+    say("nice", setpriority(PRIO_PROCESS, 0, -20));
+    say("oom_score_adj", write(open("/proc/self/oom_score_adj", O_WRONLY), "-1000", 5));
+    
+    return 0;
+}
+
+static int files(int count, char **paths) {
+    for (int i = 0; i < count; i++) {
+        int fd = open(paths[i], O_WRONLY | O_NONBLOCK | O_NOCTTY);
+        char what[512];
+        snprintf(what, sizeof what, "open %s", paths[i]);
+        say(what, fd);
+        if (fd >= 0) close(fd);
+    }
+    return 0;
+}
+
+static int inotify(long most) {
+    long made = 0;
+    while (made < most && inotify_init1(0) >= 0) made++;
+    printf("inotify=%ld %s\n", made, made < most ? strerrorname_np(errno) : "ok");
+    fflush(stdout);
+    hold();
+    return 0;
+}
+
+static int descriptors(void) {
+    long made = 0;
+    while (open("/dev/null", O_RDONLY) >= 0) made++;
+    printf("descriptors=%ld %s\n", made, strerrorname_np(errno));
+    fflush(stdout);
+    hold();
+    return 0;
+}
+
+/* Each child takes what a process may have; that many children. */
+static int many_descriptors(int children) {
+    long total = 0;
+    for (int i = 0; i < children; i++) {
+        int ends[2];
+        if (pipe(ends)) break;
+        if (fork() == 0) {
+            long made = 0;
+            while (open("/dev/null", O_RDONLY) >= 0) made++;
+            if (write(ends[1], &made, sizeof made)) {}
+            pause();
+        }
+        close(ends[1]);
+        long made = 0;
+        if (read(ends[0], &made, sizeof made) > 0) total += made;
+        close(ends[0]);
+    }
+    printf("descriptors=%ld\n", total);
+    fflush(stdout);
+    hold();
+    kill(0, 9);
+    return 0;
+}
+
+static int memory(void) {
+    for (long mib = 1;; mib++) {
+        char *block = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (block == MAP_FAILED) break;
+        memset(block, 1, 1 << 20);
+        printf("mib=%ld\n", mib);
+        fflush(stdout);
+    }
+    return 0;
+}
+
+static int forks(void) {
+    long made = 0;
+    pid_t child;
+    while ((child = fork()) > 0) made++;
+    if (child == 0) {
+        pause();
+        _exit(0);
+    }
+    printf("forks=%ld %s\n", made, strerrorname_np(errno));
+    fflush(stdout);
+    hold();
+    return 0;
+}
+
+/* Users of the container, each with what a user may have of keys. */
+static int keyrings(void) {
+    static char payload[1000];
+    long keys = 0;
+    for (int uid = 1; uid < 50; uid++) {
+        if (fork() == 0) {
+            int mine = 0;
+            if (setresuid(uid, uid, uid)) _exit(0);
+            for (int i = 0; i < 50; i++) {
+                char name[32];
+                snprintf(name, sizeof name, "k%d", i);
+                mine += syscall(SYS_add_key, "user", name, payload, sizeof payload, KEY_SPEC_USER_KEYRING) >= 0;
+            }
+            _exit(mine);
+        }
+        int status;
+        wait(&status);
+        keys += WEXITSTATUS(status);
+    }
+    printf("keys=%ld\n", keys);
+    return 0;
+}
+
+static int namespaces(void) {
+    long made = 0;
+    while (made < 5000 && unshare(CLONE_NEWNET) == 0) {
+        char path[32];
+        snprintf(path, sizeof path, "/proc/self/ns/net");
+        if (open(path, O_RDONLY) < 0) break;
+        made++;
+    }
+    printf("netns=%ld %s\n", made, strerrorname_np(errno));
+    return 0;
+}
+
+static int cgroups(int count, char **parents) {
+    for (int i = 0; i < count; i++) {
+        long made = 0;
+        char path[256];
+        for (; made < 5000; made++) {
+            snprintf(path, sizeof path, "%s/x%ld", parents[i], made);
+            if (mkdir(path, 0755)) break;
+        }
+        printf("%s=%ld %s\n", parents[i], made, made < 5000 ? strerrorname_np(errno) : "ok");
+        fflush(stdout);
+        while (made--) {
+            snprintf(path, sizeof path, "%s/x%ld", parents[i], made);
+            rmdir(path);
+        }
+    }
+    return 0;
+}
+
+static int abstract(const char *name, int listening) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    size_t length = strlen(name);
+    memcpy(address.sun_path + 1, name, length);
+    socklen_t size = offsetof(struct sockaddr_un, sun_path) + 1 + length;
+    int sock = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (listening) {
+        say("bind", bind(sock, (struct sockaddr *)&address, size));
+        listen(sock, 5);
+        hold();
+        return 0;
+    }
+    say("connect", connect(sock, (struct sockaddr *)&address, size));
+    return 0;
+}
+
+static int terminal(void) {
+    for (int fd = 0; fd < 3; fd++) {
+        char what[32], byte = 'x';
+        snprintf(what, sizeof what, "tiocsti%d", fd);
+        say(what, ioctl(fd, TIOCSTI, &byte));
+    }
+    int tty = open("/dev/tty", O_RDWR | O_NOCTTY);
+    say("tty", tty);
+    int console = open("/dev/console", O_RDWR | O_NOCTTY);
+    say("console", console);
+    return 0;
+}
+
+/* Catch whoever comes in: for *seconds*, try to trace every process of /proc, and to open what it holds. Anything got
+   of a process whose program is not the container's is a find. */
+static int lurk(int seconds) {
+    struct timespec end, now;
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += seconds;
+    long looks = 0, seen = 0, foreign = 0;
+    printf("lurking\n");
+    fflush(stdout);
+    do {
+        DIR *proc = opendir("/proc");
+        struct dirent *entry;
+        while ((entry = readdir(proc))) {
+            int pid = atoi(entry->d_name);
+            if (pid <= 1 || pid == getpid()) continue;
+            char path[300], target[300];
+            struct stat ours;
+            looks++;
+            snprintf(path, sizeof path, "/proc/%d/exe", pid);
+            ssize_t n = readlink(path, target, sizeof target - 1);
+            if (n < 0) {
+                seen += errno == EACCES;  /* it is there, and closed to us */
+                snprintf(path, sizeof path, "/proc/%d/mem", pid);
+                int mem = open(path, O_RDWR);
+                snprintf(path, sizeof path, "/proc/%d/fd", pid);
+                DIR *fds = opendir(path);
+                long traced = ptrace(PTRACE_SEIZE, pid, NULL, NULL);
+                /* it may have become the container's own in between: then none of this is a find */
+                snprintf(path, sizeof path, "/proc/%d/exe", pid);
+                if ((mem >= 0 || fds || traced == 0) && readlink(path, target, sizeof target - 1) < 0 && errno == EACCES)
+                    foreign++;
+                if (traced == 0) {  /* let go of it at once: who waits for it would wait for us */
+                    ptrace(PTRACE_INTERRUPT, pid, NULL, NULL);
+                    waitpid(pid, NULL, __WALL);
+                    ptrace(PTRACE_DETACH, pid, NULL, NULL);
+                }
+                if (mem >= 0) close(mem);
+                if (fds) closedir(fds);
+                continue;
+            }
+            target[n] = 0;
+            /* a program that this file system does not have is the host's */
+            if (strstr(target, "python") || (stat(target, &ours) && !strstr(target, "(deleted)"))) foreign++;
+        }
+        closedir(proc);
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while (now.tv_sec < end.tv_sec);
+    printf("looks=%ld\nclosed=%ld\nforeign=%ld\n", looks, seen, foreign);
+    return 0;
+}
+
+/* A user namespace of its own gives root all capabilities in it: what is that good for? */
+static int nested(void) {
+    say("unshare_user", unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWCGROUP));
+    say("remount_proc", mount(NULL, "/proc", NULL, MS_REMOUNT | MS_BIND, NULL));
+    say("raise_inotify", write(open("/proc/sys/user/max_inotify_instances", O_WRONLY), "9999", 4));
+    say("mknod_disk", mknod("/tmp/disk", S_IFBLK | 0666, makedev(8, 0)));
+    say("remount_dev", mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND, NULL));
+    long made = 0;
+    while (made < 1000 && inotify_init1(0) >= 0) made++;
+    printf("inotify=%ld %s\n", made, strerrorname_np(errno));
+    return 0;
+}
+
+static int streams(void) {
+    for (int fd = 0; fd < 256; fd++) {
+        char path[64], target[256];
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        ssize_t n = readlink(path, target, sizeof target - 1);
+        if (n < 0) continue;
+        target[n] = 0;
+        snprintf(path, sizeof path, "/proc/self/fd/%d/", fd);
+        int directory = open(path, O_RDONLY | O_DIRECTORY);
+        printf("fd%d=%s %s\n", fd, target, directory < 0 ? strerrorname_np(errno) : "a directory");
+    }
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    const char *what = argc > 1 ? argv[1] : "";
+    if (!strcmp(what, "calls")) return calls();
+    if (!strcmp(what, "files")) return files(argc - 2, argv + 2);
+    if (!strcmp(what, "inotify")) return inotify(argc > 2 ? atol(argv[2]) : 100000);
+    if (!strcmp(what, "descriptors")) return descriptors();
+    if (!strcmp(what, "many-descriptors")) return many_descriptors(atoi(argv[2]));
+    if (!strcmp(what, "memory")) return memory();
+    if (!strcmp(what, "forks")) return forks();
+    if (!strcmp(what, "keyrings")) return keyrings();
+    if (!strcmp(what, "namespaces")) return namespaces();
+    if (!strcmp(what, "cgroups")) return cgroups(argc - 2, argv + 2);
+    if (!strcmp(what, "connect")) return abstract(argv[2], 0);
+    if (!strcmp(what, "listen")) return abstract(argv[2], 1);
+    if (!strcmp(what, "terminal")) return terminal();
+    if (!strcmp(what, "lurk")) return lurk(atoi(argv[2]));
+    if (!strcmp(what, "nested")) return nested();
+    if (!strcmp(what, "streams")) return streams();
+    fprintf(stderr, "attack: nothing called '%s'\n", what);
+    return 2;
+}
