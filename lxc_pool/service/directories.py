@@ -60,10 +60,12 @@ def state_dir(path: Path) -> Iterator[str]:
     Raises:
         HostDirError: As for `host_dir`.
     """
-    _make(path, 0o755, None)
+    # A container's root goes through on its way to its own directory; nobody looks around.
+    _make(path, 0o711, None)
     with _locked(path / "service.lock", f"state dir {path}"):
-        for part in ("containers", "images"):
-            _make(path / part, 0o755, None)
+        _make(path / "containers", 0o711, None)
+        # An image's set-uid programs are the host's root's here, and of any age.
+        _make(path / "images", 0o700, None)
         yield _instance(path)
 
 
@@ -135,6 +137,7 @@ def _make(path: Path, mode: int, group: int | None) -> None:
         )
     if group is not None:
         os.chown(path, -1, group)
+    if stat.S_IMODE(status.st_mode) != mode or group is not None:
         os.chmod(path, mode)
 
 

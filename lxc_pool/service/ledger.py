@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -137,6 +138,15 @@ class Ledger:
 
     def _load(self) -> tuple[Entry, ...]:
         self.close()
+        # It says who has what: root's alone. The files beside it get the same mode. Source: SQLite, os_unix.c,
+        # findCreateFileMode.
+        try:
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb") as file:
+                os.fchmod(file.fileno(), 0o600)
+        except OSError as error:
+            raise BackendError(
+                f"the ledger {self.path} can't be opened: {error.strerror}; is its disk full?"
+            ) from error
         # Autocommit: each statement is a transaction of its own. Short timeout: a reader never blocks a writer in WAL
         # mode.
         database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=1.0)

@@ -152,7 +152,7 @@ def test_a_directory_that_others_may_write_to_is_refused_with_the_remedy(tmp_pat
     with pytest.raises(HostDirError, match=r"others may write to .*`chmod 0750"):
         host_dir(path, GROUP).__enter__()
     path.chmod(0o755 | bits)
-    with pytest.raises(HostDirError, match=r"others may write to .*`chmod 0755"):
+    with pytest.raises(HostDirError, match=r"others may write to .*`chmod 0711"):
         state_dir(path).__enter__()
 
 
@@ -174,3 +174,12 @@ def test_a_user_has_a_service_of_their_own_in_a_directory_of_their_own(open_path
             return "served"
 
     assert in_child(serve, NOBODY) == "served"
+
+
+def test_others_go_through_the_state_dir_to_nothing_but_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    (path / "images").mkdir(parents=True)
+    (path / "images").chmod(0o755)  # as an earlier version left it
+    with state_dir(path):
+        assert mode(path) == mode(path / "containers") == 0o711
+        assert mode(path / "images") == 0o700

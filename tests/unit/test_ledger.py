@@ -107,3 +107,14 @@ def test_a_write_that_fails_says_so_and_leaves_the_old_entry(path: Path) -> None
     book.close()
     with pytest.raises(BackendError, match="closed"):
         book.write(entry())
+
+
+def test_nobody_but_its_owner_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    path.touch(mode=0o644)
+    ledger = Ledger(path)
+    ledger.open()
+    ledger.write(entry())
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    ledger.close()
+    assert modes == {"ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600}
