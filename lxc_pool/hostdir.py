@@ -10,8 +10,8 @@ from lxc_pool.config import DEFAULT_HOST_DIR
 from lxc_pool.errors import AccessDenied, HostDirError
 
 HOST_DIR_VARIABLE = "LXC_POOL_HOST_DIR"
-MAX_SOCKET_PATH = 107
-"""Bytes in the path of a Unix socket. Source: unix(7), sun_path."""
+MAX_SOCKET_PATH = 107 - len(".new")
+"""Bytes in the path of the socket, which is made under a longer name. Source: unix(7), sun_path."""
 
 MAX_KEY = 4096
 

@@ -148,7 +148,7 @@ def uninstall(state_dir: Path, host_dir: Path) -> tuple[str, ...]:
     for path in (lock_dir / "containers", lock_dir, state_dir / "containers"):
         _remove_directory(path, problems)
     shutil.rmtree(state_dir / "images", onerror=note)
-    for name in ("pool.sock", "authkey", "service.lock"):
+    for name in ("pool.sock", "pool.sock.new", "authkey", "service.lock"):
         (host_dir / name).unlink(missing_ok=True)
     _remove_directory(host_dir, problems)
     # The id last: as long as it is there, this can be done again.

@@ -41,29 +41,30 @@ class SocketListener:
     """A Unix socket that is listened on; the `Listener` that `multiprocessing.managers.Server` asks for."""
 
     def __init__(self, address: str, backlog: int = 1) -> None:
-        """Listen at *address*, in the place of a stale socket that may be there: whoever calls this holds the lock."""
+        """Listen, though not yet at *address*: see `open_to`. Whoever calls this holds the lock of the host dir."""
         self.address = address
+        self._hidden = f"{address}.new"
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(address).st_mode):
                 raise FileExistsError(f"{address} is in the way: it is not a socket")
-            os.unlink(address)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._hidden)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # Closed to everybody until owner and group are set.
-            mask = os.umask(0o177)
-            try:
-                self._socket.bind(address)
-            finally:
-                os.umask(mask)
+            self._socket.bind(self._hidden)
             self._socket.listen(max(backlog, _BACKLOG))
         except BaseException:
             self._socket.close()
             raise
 
     def open_to(self, group: int) -> None:
-        """Let *group* connect."""
-        os.chown(self.address, -1, group)
-        os.chmod(self.address, 0o660)
+        """Let *group* connect, in the place of a stale socket that may be there.
+
+        By rename: a client finds the stale socket, and tries again, or one that it may use, and never a refusal between.
+        """
+        os.chown(self._hidden, -1, group)
+        os.chmod(self._hidden, 0o660)
+        os.rename(self._hidden, self.address)
 
     def accept(self) -> socket.socket:
         """Return the next connection, with nothing said on it yet."""
@@ -71,8 +72,9 @@ class SocketListener:
 
     def close(self) -> None:
         """Stop listening, wake whoever accepts, and remove the socket."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.address)
+        for path in (self._hidden, self.address):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

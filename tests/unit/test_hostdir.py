@@ -22,8 +22,8 @@ def test_the_host_dir_is_the_environments_or_the_usual_one(monkeypatch: pytest.M
 
 
 def test_a_path_longer_than_a_socket_may_have_is_refused_with_what_to_do() -> None:
-    longest = Path("/" + "x" * (107 - len("/") - len("/pool.sock")))
-    assert len(str(hostdir.socket_path(longest))) == 107
+    longest = Path("/" + "x" * (hostdir.MAX_SOCKET_PATH - len("/") - len("/pool.sock")))
+    assert len(str(hostdir.socket_path(longest))) == hostdir.MAX_SOCKET_PATH
     with pytest.raises(HostDirError, match="choose a shorter host dir"):
         hostdir.socket_path(Path(f"{longest}x"))
 

@@ -803,7 +803,11 @@ def test_a_stale_socket_is_replaced_and_anything_else_is_not(tmp_path: Path) -> 
     stale.bind(path)
     stale.close()
     listener = SocketListener(path)
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    with socket.socket(socket.AF_UNIX) as early, pytest.raises(ConnectionRefusedError):
+        early.connect(path)  # which a client takes for "not yet", where a refusal would be for good
+    listener.open_to(os.getgid())
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o660
+    assert os.listdir(tmp_path) == ["pool.sock"]
     listener.close()
     listener.close()
     assert not os.path.exists(path)
@@ -824,6 +828,7 @@ def test_a_server_that_serves_nothing_yet_turns_clients_away(tmp_path: Path) -> 
     idle = listen(tmp_path, b"key")
     assert isinstance(idle, PoolServer)
     idle.open()
+    idle.socket_listener.open_to(os.getgid())
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(idle.path)
         assert ended(sock)
