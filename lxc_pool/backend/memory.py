@@ -44,6 +44,7 @@ class MemoryBackend:
         running: The init of every container that is up.
         present: The names of all containers, up or not.
         history: Every step that was begun, with the container's or image's name.
+        kept: What the last collection of images had to keep; None: there was none.
     """
 
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -51,6 +52,7 @@ class MemoryBackend:
         self.running: dict[str, ProcessIdentity] = {}
         self.present: set[str] = set()
         self.history: list[tuple[Step, str]] = []
+        self.kept: frozenset[str] | None = None
         self._sleep = sleep
         self._faults: dict[Step, deque[Fault]] = defaultdict(deque)
         self._pids = itertools.count(1_000_000)
@@ -69,6 +71,10 @@ class MemoryBackend:
         if image is None:
             raise ImageError(f"there is no image {image_name!r}")
         return image
+
+    def collect_images(self, keep: frozenset[str]) -> None:
+        """See `Backend.collect_images`; there is nothing to remove."""
+        self.kept = keep
 
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         """See `Backend.create`."""

@@ -44,10 +44,21 @@ class Backend(Protocol):
             ImageError: There is none, or it could not be built.
         """
 
+    def collect_images(self, keep: frozenset[str]) -> None:
+        """Remove image versions that a newer one has replaced, but for those in use.
+
+        Args:
+            keep: The refs of versions that containers are, or are about to be, cloned from.
+
+        Raises:
+            ImageError: Some could not be removed.
+        """
+
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         """Clone, start and probe a container; return its init.
 
         Raises:
+            ImageError: Its image is gone.
             CloneFailed, StartFailed: It is not up; whatever is there of it is left for `destroy`.
         """
 

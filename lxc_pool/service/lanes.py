@@ -60,7 +60,14 @@ class DestroyJob:
     force: bool
 
 
-Job = PrepareJob | CreateJob | DestroyJob
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class CollectJob:
+    """Remove images that have been replaced; see `Backend.collect_images`."""
+
+    keep: frozenset[str]
+
+
+Job = PrepareJob | CreateJob | DestroyJob | CollectJob
 Outcome = Image | ProcessIdentity | None | LxcPoolError
 """What a job came to: what the backend returned, or the error it raised."""
 
@@ -125,7 +132,7 @@ class ProcessLane:
                 return f"{words}; engine's log: {self._backend.log_tail(blueprint.name) or '-'}"
             case DestroyJob(name):
                 return f"{words}; engine's log: {self._backend.log_tail(name) or '-'}"
-            case PrepareJob():
+            case PrepareJob() | CollectJob():
                 return words
 
     def replace(self) -> None:
@@ -235,4 +242,7 @@ def perform(backend: Backend, job: Job) -> Outcome:
             return backend.create(blueprint)
         case DestroyJob(name, force):
             backend.destroy(name, force=force)
+            return None
+        case CollectJob(keep):
+            backend.collect_images(keep)
             return None

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.config import Config
-from lxc_pool.errors import BackendError, LxcPoolError
+from lxc_pool.errors import BackendError, ImageError, LxcPoolError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.images.store import Image
 from lxc_pool.model import State
-from lxc_pool.service.lanes import CreateJob, DestroyJob, Job, Lane, LaneBroken, Outcome, PrepareJob
+from lxc_pool.service.lanes import CollectJob, CreateJob, DestroyJob, Job, Lane, LaneBroken, Outcome, PrepareJob
 from lxc_pool.service.lifecycle import Member
 from lxc_pool.service.shelf import Shelf
 from lxc_pool.service.stock import Stock
@@ -86,6 +86,7 @@ class Upkeep:
         self._came_up = came_up
         self._failed = failed
         self._init_died = init_died
+        self._collection_due = True
         self._slots = [Slot(lane) for lane in lanes]
 
     def dispatch(self) -> None:
@@ -93,7 +94,8 @@ class Upkeep:
         obstacle = self._obstacle()
         while (pick := self._choose(obstacle)) is not None:
             slot, job = pick
-            timeout = self._config.image_timeout if isinstance(job, PrepareJob) else self._config.create_timeout
+            about_images = isinstance(job, (PrepareJob, CollectJob))
+            timeout = self._config.image_timeout if about_images else self._config.create_timeout
             timer = self._watch.call_at(self._watch.now() + timeout, functools.partial(self._overdue, slot, job))
             with self._stock.lock:
                 if slot.job is job:
@@ -110,7 +112,7 @@ class Upkeep:
             return None if slot.job is None else (slot, slot.job)
 
     def _next_job(self, obstacle: str | None) -> Job | None:
-        """Choose: somebody waits → create; else remove what is to be removed; else create."""
+        """Choose: somebody waits → create; else remove what is to be removed; else create; else old images."""
         stock, now = self._stock, self._watch.now()
         shelves = [] if stock.closed or stock.draining else list(stock.shelves.values())
         for shelf in shelves:
@@ -127,7 +129,17 @@ class Upkeep:
         if stock.to_reap:
             name, member = stock.to_reap.popitem(last=False)
             return DestroyJob(name, force=member.retries > 0)
-        return self._begin_creation(wanting[0], now) if wanting else None
+        if wanting:
+            return self._begin_creation(wanting[0], now)
+        return self._begin_collection()
+
+    def _begin_collection(self) -> CollectJob | None:
+        """Have old images removed, if there may be one that nobody uses any more."""
+        if not self._collection_due or any(shelf.preparing for shelf in self._stock.shelves.values()):
+            return None
+        self._collection_due = False
+        images = {shelf.image.ref for shelf in self._stock.shelves.values() if shelf.image is not None}
+        return CollectJob(frozenset(images | {member.image for member in self._stock.members.values()}))
 
     def _await_room(self, obstacle: str, now: float) -> None:
         """Look again in a while; nothing tells when a disk has room again."""
@@ -146,8 +158,7 @@ class Upkeep:
         member = Member(self._new_name(), shelf.profile.name, shelf.image.ref, shelf.profile.recipe, now)
         try:
             self._stock.announce(member)
-        except BackendError as error:
-            self._stock.note_error(str(error))
+        except BackendError:
             self._back_off(shelf)
             return None
         deadline = now + _OWN_DEADLINE * self._config.create_timeout
@@ -216,12 +227,17 @@ class Upkeep:
                         shelf.preparing = False
                         self._settle_prepared(shelf, outcome)
             case CreateJob(blueprint):
+                if isinstance(outcome, ImageError):
+                    self._stock.shelves[blueprint.profile.name].image = None  # it is gone: look for it again
                 self._settle_created(self._stock.members[blueprint.name], outcome, init)
             case DestroyJob(name):
                 self._settle_destroyed(self._stock.members[name], outcome)
+            case CollectJob():
+                pass  # what it failed at, the next one tries again
 
     def _settle_prepared(self, shelf: Shelf, outcome: Outcome) -> None:
         if isinstance(outcome, Image):
+            self._collection_due = True
             shelf.image = outcome
             shelf.backoff.succeed()
             log.info("image %s is ready", outcome.ref)
@@ -250,6 +266,8 @@ class Upkeep:
             self._watch.call_at(self._watch.now() + pause, functools.partial(self._retry, member))
         else:
             self._stock.drop(member)
+            image = self._stock.shelf_of(member).image
+            self._collection_due |= image is None or image.ref != member.image
 
     def _retry(self, member: Member) -> None:
         with self._stock.lock:
@@ -268,3 +286,5 @@ def _describe(job: Job) -> str:
             return f"creating {blueprint.name}"
         case DestroyJob(name):
             return f"removing {name}"
+        case CollectJob():
+            return "removing old images"

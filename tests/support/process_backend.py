@@ -28,6 +28,9 @@ class ProcessBackend:
     def prepare(self, image_name: str) -> Image:  # noqa: ARG002  # there is just one
         return IMAGE
 
+    def collect_images(self, keep: frozenset[str]) -> None:
+        pass
+
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         path = self.directory / blueprint.name
         try:

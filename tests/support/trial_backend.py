@@ -42,6 +42,9 @@ class TrialBackend:
             os._exit(1)
         return Image(image_name, "1", Path("/nonexistent"), 0, 0.0, str(os.getpid()))
 
+    def collect_images(self, keep: frozenset[str]) -> None:
+        pass
+
     def create(self, blueprint: Blueprint) -> ProcessIdentity:  # noqa: ARG002  # all are alike
         return identify(os.getpid())
 

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from lxc_pool.backend.lxc import binding, container_config, limits, removal, rootfs
@@ -84,6 +85,13 @@ class LxcBackend:
         except OSError as error:
             raise ImageError(f"image {image_name!r} could not be built: {error}") from error
 
+    def collect_images(self, keep: frozenset[str]) -> None:
+        """See `Backend.collect_images`."""
+        try:
+            ImageStore(self._image_directory).collect(keep)
+        except OSError as error:
+            raise ImageError(f"old images could not be removed: {error}") from error
+
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         """See `Backend.create`."""
         directory = self.lxcpath / blueprint.name
@@ -92,6 +100,8 @@ class LxcBackend:
             with rootfs.mounted(blueprint, directory, self._user_namespace(first_id), first_id or 0):
                 self._start(blueprint, directory)
         except OSError as error:
+            if not blueprint.image.rootfs.is_dir():
+                raise ImageError(f"base image {blueprint.image.ref} is gone: {error}") from error
             raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
         init = self._await_init(blueprint, directory)
         directories = cgroups.payload_cgroups(blueprint.name)
@@ -101,8 +111,8 @@ class LxcBackend:
             limits.seal(blueprint.profile, directories)
         except OSError as error:
             raise StartFailed(f"{blueprint.name} is up, but its cgroups could not be closed to it: {error}") from error
-        if blueprint.profile.probe:
-            self._probe(blueprint)
+        if probe := blueprint.profile.probe or blueprint.image.probe:
+            self._probe(blueprint, probe)
         return init
 
     def destroy(self, name: str, *, force: bool) -> None:
@@ -180,22 +190,20 @@ class LxcBackend:
             raise StartFailed(f"{blueprint.name} stopped at once: {words(directory, 'its init ended')}") from error
         return init
 
-    def _probe(self, blueprint: Blueprint) -> None:
-        """Run the profile's probe until it succeeds.
+    def _probe(self, blueprint: Blueprint, command: Sequence[str]) -> None:
+        """Run the profile's probe, or else the image's, until it succeeds.
 
         A probe that hangs hangs the lane, which is then killed at its deadline; the container goes with it.
         """
         argv = ["lxc-attach", "-P", str(self.lxcpath), "-n", blueprint.name, "--clear-env", "-v", f"PATH={_PATH}", "--"]
         while True:
-            probe = subprocess.run(
-                [*argv, *blueprint.profile.probe], stdin=subprocess.DEVNULL, capture_output=True, check=False
-            )
+            probe = subprocess.run([*argv, *command], stdin=subprocess.DEVNULL, capture_output=True, check=False)
             if probe.returncode == 0:
                 return
             if time.monotonic() + _PROBE_PAUSE > blueprint.deadline:
                 said = (probe.stderr or probe.stdout).decode(errors="replace").strip()[-500:]
                 raise StartFailed(
-                    f"{blueprint.name} is up but its probe {list(blueprint.profile.probe)} still ends with "
+                    f"{blueprint.name} is up but its probe {list(command)} still ends with "
                     f"{probe.returncode}: {said or 'it says nothing'}"
                 )
             time.sleep(_PROBE_PAUSE)  # readiness of a foreign program has no event; see _PROBE_PAUSE
