@@ -179,7 +179,8 @@ def _sockets(host_dir: Path) -> Iterator[Trace]:
     """Find the socket, and the key to it, of a service that is gone."""
     if locks.is_held(host_dir / "service.lock"):
         return
-    for path in (*(host_dir / name for name in ("pool.sock", "pool.sock.new", "authkey")), *sorted(host_dir.glob(".authkey.*"))):
+    left = [host_dir / name for name in ("pool.sock", "pool.sock.new", "authkey")]
+    for path in (*left, *sorted(host_dir.glob(".authkey.*"))):
         if os.path.lexists(path):
             yield Trace("socket", str(path), f"{path}: no service runs here", _age(path), path=path)
 

@@ -60,7 +60,7 @@ class SocketListener:
     def open_to(self, group: int) -> None:
         """Let *group* connect, in the place of a stale socket that may be there.
 
-        By rename: a client finds the stale socket, and tries again, or one that it may use, and never a refusal between.
+        By rename: a client finds the stale socket, and tries again, or one that it may use, never a refusal between.
         """
         os.chown(self._hidden, -1, group)
         os.chmod(self._hidden, 0o660)
