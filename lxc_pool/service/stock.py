@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections import OrderedDict
@@ -64,7 +65,7 @@ class Stock:
         Raises:
             BackendError: The ledger could not be written; it is not taken in.
         """
-        self._journal.write(member.entry(member.state))
+        self._write(member, member.state)
         self.add(member)
 
     def add(self, member: Member) -> None:
@@ -105,18 +106,23 @@ class Stock:
         Raises:
             BackendError: The ledger could not be written.
         """
-        self._journal.write(member.entry(member.state))
+        self._write(member, member.state)
 
     def _record(self, member: Member, state: State) -> None:
         """Write a move down before it is made, where a restart would go wrong without it."""
         if state is State.LEASED:
-            self._journal.write(member.entry(state))
+            self._write(member, state)
         elif state is State.REAPING or (state is State.WARM and member.state is State.BUILDING):
             # If this can't be written, the older entry stands, and leads the next service to remove the container.
-            try:
-                self._journal.write(member.entry(state))
-            except BackendError as error:
-                self.note_error(str(error))
+            with contextlib.suppress(BackendError):
+                self._write(member, state)
+
+    def _write(self, member: Member, state: State) -> None:
+        try:
+            self._journal.write(member.entry(state))
+        except BackendError as error:
+            self.note_error(str(error))
+            raise
 
     def note_error(self, text: str) -> None:
         """Take note of a failure."""

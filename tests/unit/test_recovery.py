@@ -118,6 +118,8 @@ def test_a_ttl_goes_on_while_no_service_runs() -> None:
     world.watch.time += 10
     restart(world)
     assert early not in world.backend.present
+    with pytest.raises(LeaseExpired, match="expired"):
+        world.pool.leased(early, 1000)
     world.advance(35)
     assert world.pool.leased(late, 1000).state is State.LEASED
     world.advance(10)
@@ -231,6 +233,7 @@ def test_a_ledger_that_can_not_be_written_gives_nothing_out_and_loses_nothing() 
     with pytest.raises(BackendError, match="disk full"):
         world.pool.confirm(1000, ticket.request)
     assert world.count(State.WARM) == 2
+    assert "disk full" in str(world.pool.census().last_error)
     world.journal.broken = False
     assert world.lease().state is State.LEASED
 
