@@ -6,12 +6,13 @@ import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from lxc_pool.client import process
+from lxc_pool.client import files, process
 from lxc_pool.client.caller import Caller, check_seconds
-from lxc_pool.errors import LxcPoolError, UnknownLease
+from lxc_pool.errors import ExecFailed, LxcPoolError, UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.model import ContainerInfo, LeaseId, State
 from lxc_pool.wire import messages
@@ -169,6 +170,106 @@ class Container:
             user=user,
         )
 
+    def push(
+        self,
+        src: files.Path,
+        dst: files.Path,
+        *,
+        owner: str | int | None = None,
+        parents: bool = False,
+        dirs_exist_ok: bool = False,
+        timeout: float | None = None,
+        progress: files.Progress | None = None,
+    ) -> files.Copied:
+        """Copy a file or directory into the container.
+
+        Where it goes is as with cp(1): into *dst* if that is a directory, under *src*'s own name; else it becomes
+        *dst*, whose parent has to exist. *dst* with a slash at its end has to be a directory. A relative *dst* begins
+        at `/`.
+
+        - A file takes the place of a file or link, at once and when it is complete. A directory has to be new, and
+          appears when it is complete, unless *dirs_exist_ok*: then it is merged, file by file.
+        - Permissions (without set-uid and set-gid bits, which would mean another owner), times, holes and symbolic
+          links are kept; hard links become copies; devices, fifos and sockets are left out and reported.
+        - *src* itself may be a link; below it none is followed. Nor is one below the directory that is made.
+
+        Args:
+            src: A path of this side.
+            dst: A path of the container.
+            owner: Whom it belongs to: a name or uid of the container, or either with `:group`; None: root.
+            parents: Whether missing directories are made, for the same owner.
+            dirs_exist_ok: Whether directories may exist; their own permissions stay.
+            timeout: Seconds; None: for ever.
+            progress: Called with the bytes and the entries sent so far; what it raises ends the copying.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError, OSError: As
+                pathlib and shutil have them; `filename` is a path of the side that it was on. On failure nothing is
+                left but, after *dirs_exist_ok*, files that were complete.
+            TimeoutError: It was not done within *timeout*.
+            UnknownLease, LeaseExpired: The lease has ended.
+            ExecFailed: The container can't be entered, or has ended meanwhile.
+            TypeError, ValueError: An argument is wrong, or the container has no such user.
+        """
+        with self._lease_required():
+            return files.push(
+                self._launch,
+                src,
+                dst,
+                owner=owner,
+                parents=parents,
+                dirs_exist_ok=dirs_exist_ok,
+                timeout=timeout,
+                progress=progress,
+            )
+
+    def pull(
+        self,
+        src: files.Path,
+        dst: files.Path,
+        *,
+        max_bytes: int | None = files.MAX_BYTES,
+        max_entries: int | None = files.MAX_ENTRIES,
+        parents: bool = False,
+        dirs_exist_ok: bool = False,
+        timeout: float | None = files.PULL_TIMEOUT,
+        progress: files.Progress | None = None,
+    ) -> files.Copied:
+        """Copy a file or directory out of the container; what is inside is not trusted.
+
+        All is as with `push`, with sides changed, but: what is made belongs to this process's user, who may always
+        enter directories; what vanishes meanwhile is left out; a file that grows is cut at the length it had. Links
+        come as they are and may lead anywhere: do not follow them unseen. A process killed by SIGKILL leaves, of a
+        directory, a `.lxc_pool-…` beside *dst*.
+
+        Args:
+            src: A path of the container.
+            dst: A path of this side.
+            max_bytes: Bytes of all files, holes included, that it may be at most; None: any number.
+            max_entries: Files, directories and links that it may be at most; None: any number.
+            parents: Whether missing directories are made.
+            dirs_exist_ok: Whether directories may exist; their own permissions stay.
+            timeout: Seconds; None: for ever.
+            progress: Called with the bytes and the entries received so far; what it raises ends the copying.
+
+        Raises:
+            OSError: As `push`; EFBIG: there is more than *max_bytes* or *max_entries*; EPROTO: what the container sent
+                makes no sense.
+            TimeoutError, UnknownLease, LeaseExpired, ExecFailed, TypeError, ValueError: As `push`.
+        """
+        with self._lease_required():
+            return files.pull(
+                self._launch,
+                src,
+                dst,
+                max_bytes=max_bytes,
+                max_entries=max_entries,
+                parents=parents,
+                dirs_exist_ok=dirs_exist_ok,
+                timeout=timeout,
+                progress=progress,
+            )
+
     def renew(self, ttl: float) -> None:
         """Let the lease end *ttl* seconds from now.
 
@@ -222,6 +323,15 @@ class Container:
         warnings.warn(f"{self!r} was never released", ResourceWarning, stacklevel=2, source=self)
         with contextlib.suppress(LxcPoolError):
             self._caller.ask(messages.Release(self.name), _FINALIZER_TIMEOUT)
+
+    @contextlib.contextmanager
+    def _lease_required(self) -> Iterator[None]:
+        """Let a failure say that the lease has ended, if that is why."""
+        try:
+            yield
+        except ExecFailed:
+            self._caller.ask(messages.Inspect(self.name))
+            raise
 
     def _launch(self, request: ExecRequest, descriptors: tuple[int, int, int, int]) -> None:
         """Hand a command and its descriptors to the service."""

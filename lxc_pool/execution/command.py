@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable
 
 from lxc_pool.execution.cgroups import CommandCgroup
@@ -36,12 +37,13 @@ KILL_TIMEOUT = 10.0
 
 
 class Loop:
-    """Call back when a descriptor can be read or its other end is closed."""
+    """Call back when a descriptor can be read or its other end is closed, or when a time has come."""
 
     def __init__(self) -> None:
         """Watch nothing yet."""
         self._poller = select.poll()
         self._callbacks: dict[int, Callable[[], None]] = {}
+        self._timers: list[tuple[float, Callable[[], None]]] = []
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call *callback* for as long as *fd* is readable."""
@@ -53,20 +55,47 @@ class Loop:
         if self._callbacks.pop(fd, None) is not None:
             self._poller.unregister(fd)
 
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        """Call *callback*, once, *delay* seconds from now."""
+        self._timers.append((time.monotonic() + delay, callback))
+
     def turn(self) -> None:
         """Wait for something to happen and handle it."""
-        for fd, _ in self._poller.poll():
+        for fd, _ in self._poller.poll(self._patience()):
             callback = self._callbacks.get(fd)
             if callback is not None:  # else an earlier callback of this turn has closed it
                 callback()
+        if self._timers:
+            now = time.monotonic()
+            due = [timer for timer in self._timers if timer[0] <= now]
+            self._timers = [timer for timer in self._timers if timer[0] > now]
+            for _, late in due:
+                late()
+
+    def _patience(self) -> float | None:
+        """Return the milliseconds until the first timer; None without one."""
+        if not self._timers:
+            return None
+        return max(0.0, min(when for when, _ in self._timers) - time.monotonic()) * 1000
 
 
 class Command:
     """One command; it is `done` once the supervisor may forget it."""
 
-    def __init__(self, loop: Loop, cgroup: CommandCgroup, control: socket.socket, report: socket.socket) -> None:
-        """Serve the client at *control*; hear from usher and command on *report*. Both are closed in the end."""
+    def __init__(
+        self,
+        loop: Loop,
+        cgroup: CommandCgroup,
+        control: socket.socket,
+        report: socket.socket,
+        grace: float = 0.0,
+    ) -> None:
+        """Serve the client at *control*; hear from usher and command on *report*. Both are closed in the end.
+
+        *grace* is how many seconds it has, once the client is gone, to end by itself after a SIGTERM.
+        """
         self.done = False
+        self._grace = grace
         self.cgroup = cgroup
         self._loop = loop
         self._control = control
@@ -77,6 +106,7 @@ class Command:
         self._failure: Failed | None = None
         self._entering = True
         self._killed = False
+        self._doomed = False
         self._over = False
         loop.watch(control.fileno(), self._on_control)
         loop.watch(report.fileno(), self._on_report)
@@ -86,6 +116,12 @@ class Command:
         self._failure = failure
         self._entering = False
         self._advance()
+
+    def end_with_container(self) -> None:
+        """Kill the main process, or let it not begin: the container has ended, and not all are in its pid namespace."""
+        self._doomed = True
+        self._withdraw()
+        self._signal(signal.SIGKILL)
 
     def _on_report(self) -> None:
         data = self._report.recv(MAX_EVENT)
@@ -109,6 +145,8 @@ class Command:
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             self._pid, self._pidfd = event.pid, pidfd
             self._loop.watch(pidfd, self._on_exit)
+            if self._doomed:
+                self._signal(signal.SIGKILL)
 
     def _on_exit(self) -> None:
         self._loop.forget(self._pidfd)
@@ -135,6 +173,14 @@ class Command:
         else:
             self._loop.forget(self._control.fileno())
             self._control.close()
+            if self._grace and not self._entering:
+                self._signal(signal.SIGTERM)
+                self._loop.call_later(self._grace, self._end_grace)
+            else:
+                self._end_grace()
+
+    def _end_grace(self) -> None:
+        if not self._over:
             self._kill_tree()
             self._advance()
 
@@ -145,7 +191,7 @@ class Command:
         self._over = True
         empty = self.cgroup.remove()  # before the client knows: then nothing of the command is left to be seen
         self._tell(self._failure or self._end())
-        if empty or self._killed:
+        if empty or self._killed or self._control.fileno() < 0:
             self._finish()
 
     def _end(self) -> Exited | Failed:
@@ -157,15 +203,18 @@ class Command:
 
     def _kill_tree(self) -> None:
         self._killed = True
-        if self._entering:
-            # usher and command look for this end of file: who is born after it ends itself, who was before is killed
-            with contextlib.suppress(OSError):
-                self._report.shutdown(socket.SHUT_WR)
+        self._withdraw()
         self._signal(signal.SIGKILL)  # a privileged container's root may have left the cgroup
         if not self.cgroup.kill(KILL_TIMEOUT):
             text = f"killed processes are still there after {KILL_TIMEOUT:g} s: is the container frozen?"
             self._failure = Failed(errno.EBUSY, "kill", text)
             self._tell(self._failure)
+
+    def _withdraw(self) -> None:
+        if self._entering:
+            # usher and command look for this end of file: who is born after it ends itself, who was before is killed
+            with contextlib.suppress(OSError):
+                self._report.shutdown(socket.SHUT_WR)
 
     def _signal(self, signum: int) -> None:
         if self._pidfd >= 0:

@@ -18,7 +18,7 @@ import signal
 import stat
 from typing import NamedTuple, NoReturn
 
-from lxc_pool.execution import cgroups, identity, namespaces
+from lxc_pool.execution import cgroups, identity, namespaces, operations
 from lxc_pool.execution.confinement import Confinement
 from lxc_pool.execution.protocol import ExecRequest, Failed
 
@@ -52,7 +52,7 @@ def enter_and_exec(
     """Become the command, or report why not.
 
     Args:
-        request: The command.
+        request: The command, or operation.
         fds: Its streams, and a SOCK_SEQPACKET socket that `Failed` is sent on.
         cgroup: The directory of its own cgroup.
         door: The way in.
@@ -89,6 +89,9 @@ def enter_and_exec(
         os.umask(UMASK)
         # last, for a change of ids clears it; without its supervisor nobody could end the command any more
         namespaces.die_with_parent(signal.SIGKILL)
+        if request.operation:
+            posix.close(_REPORT)  # as execve(2) would: it has begun
+            posix._exit(operations.perform(request.argv))  # noqa: SLF001 - as below
         execute(request.argv, environment(request.env, user))
     except identity.UnknownUser as exc:
         failure = Failed(0, "user", str(exc.args[0]))

@@ -26,10 +26,13 @@ DEFAULT_CWD = "/"
 
 _MAX_UID = 2**32 - 2  # 2**32 - 1 means "no change" to setresuid(2)
 _HEADER = struct.Struct("<4sIII")  # magic, number of arguments, number of variables, 1 if there is a user
-_MAGIC = b"lxe1"
+_COMMAND, _OPERATION = b"lxe1", b"lxo1"  # magics
 _STARTED, _FAILED, _EXITED, _SIGNAL, _KILL_TREE = range(1, 6)
 _NUMBER = struct.Struct("<Bi")
 _FAILURE = struct.Struct("<BiB")
+OPERATIONS = ("files-in", "files-out")
+"""What a request can ask for beside a program: what a process of ours does inside, see `operations`."""
+
 STAGES = ("exec", "cwd", "user", "enter", "kill")
 """Where a command failed: finding or executing it, its cwd, its user, entering the container, being killed."""
 
@@ -46,12 +49,14 @@ class ExecRequest(NamedTuple):
         env: Variables set beside, or instead of, the default PATH, HOME, USER and LANG.
         cwd: Where the command starts, inside the container.
         user: `name`, `uid`, `name:group`, `uid:gid`, or a mixture; None for root.
+        operation: argv[0] is no program, but one of `OPERATIONS`.
     """
 
     argv: tuple[str, ...]
     env: dict[str, str]
     cwd: str = DEFAULT_CWD
     user: str | None = None
+    operation: bool = False
 
     @classmethod
     def create(
@@ -77,8 +82,20 @@ class ExecRequest(NamedTuple):
             _checked_argv(args),
             _checked_env(env),
             DEFAULT_CWD if cwd is None else _text(cwd, "cwd"),
-            _checked_user(user),
+            check_user(user),
         )
+        request.encode()
+        return request
+
+    @classmethod
+    def for_operation(cls, *args: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> ExecRequest:
+        """Make a request for one of `OPERATIONS` and its arguments.
+
+        Raises:
+            TypeError: An argument is neither text nor a path.
+            ValueError: One holds a NUL byte, or all is over 2 MiB.
+        """
+        request = cls(_checked_argv(args), {}, operation=True)
         request.encode()
         return request
 
@@ -92,7 +109,8 @@ class ExecRequest(NamedTuple):
         for name, value in self.env.items():
             parts += (name, value)
         body = "\0".join(parts).encode("utf-8", "surrogateescape")
-        header = _HEADER.pack(_MAGIC, len(self.argv), len(self.env), self.user is not None)
+        magic = _OPERATION if self.operation else _COMMAND
+        header = _HEADER.pack(magic, len(self.argv), len(self.env), self.user is not None)
         if len(header) + len(body) > MAX_REQUEST:
             raise ValueError(f"arguments and environment take {len(body)} bytes; at most {MAX_REQUEST} can be passed")
         return header + body
@@ -108,17 +126,19 @@ class ExecRequest(NamedTuple):
             raise ProtocolError(f"a request of {len(data)} bytes")
         magic, argc, envc, has_user = _HEADER.unpack_from(data)
         parts = data[_HEADER.size :].decode("utf-8", "surrogateescape").split("\0")
-        if magic != _MAGIC or argc < 1 or has_user > 1 or len(parts) != 2 + argc + 2 * envc:
+        if magic not in (_COMMAND, _OPERATION) or argc < 1 or has_user > 1 or len(parts) != 2 + argc + 2 * envc:
             raise ProtocolError("not an encoded request")
+        if magic == _OPERATION and parts[2] not in OPERATIONS:
+            raise ProtocolError(f"unknown operation {parts[2][:40]!r}")
         env = dict(zip(parts[2 + argc :: 2], parts[3 + argc :: 2], strict=True))
         if any(not name or "=" in name for name in env):
             raise ProtocolError("an environment variable without a proper name")
         user = parts[1] if has_user else None
         try:
-            _checked_user(user)
+            check_user(user)
         except ValueError as exc:
             raise ProtocolError(str(exc)) from None
-        return cls(tuple(parts[2 : 2 + argc]), env, parts[0], user)
+        return cls(tuple(parts[2 : 2 + argc]), env, parts[0], user, magic == _OPERATION)
 
 
 class Started(NamedTuple):
@@ -184,6 +204,11 @@ class KillTree(NamedTuple):
     def encode(self) -> bytes:
         """Return the message's bytes."""
         return _NUMBER.pack(_KILL_TREE, 0)
+
+
+def is_operation(request: bytes) -> bool:
+    """Tell whether an encoded request asks for one of `OPERATIONS`."""
+    return request.startswith(_OPERATION)
 
 
 def decode_event(data: bytes) -> Started | Failed | Exited:
@@ -262,7 +287,13 @@ def _checked_env(env: object) -> dict[str, str]:
     return checked
 
 
-def _checked_user(user: object) -> str | None:
+def check_user(user: object) -> str | None:
+    """Return *user* as a request holds it: a name, a uid, or either with `:group`; None stays None.
+
+    Raises:
+        TypeError: It is neither text nor a number.
+        ValueError: It is malformed.
+    """
     if user is None:
         return None
     if isinstance(user, bool) or not isinstance(user, (str, int)):

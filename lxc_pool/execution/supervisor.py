@@ -30,9 +30,9 @@ import socket
 import traceback
 from typing import NamedTuple, NoReturn
 
-from lxc_pool.execution import cgroups, namespaces, packets
+from lxc_pool.execution import cgroups, namespaces, operations, packets
 from lxc_pool.execution.command import Command, Loop
-from lxc_pool.execution.protocol import Failed, ProtocolError
+from lxc_pool.execution.protocol import Failed, ProtocolError, is_operation
 from lxc_pool.execution.usher import usher
 
 Mounts = dict[frozenset[str], str]
@@ -94,6 +94,7 @@ class Supervisor:
             if any(command.done for command in self._commands):
                 self._forget_done()
         self._dismiss_usher()
+        self._remove_left_cgroups()
 
     def _forget_done(self) -> None:
         self._left += [command.cgroup for command in self._commands if command.done]
@@ -121,6 +122,8 @@ class Supervisor:
         self._loop.forget(self._orders.fileno())
         self._orders.close()  # the agent sees it and sends nothing more
         self._serving = False
+        for command in self._commands:
+            command.end_with_container()
 
     def _launch(self, request: bytes, fds: list[int], control: socket.socket) -> None:
         """Send a command in; closes *fds*, and *control* when the command is done."""
@@ -133,7 +136,8 @@ class Supervisor:
             report, its_end = packets.pair()
             with its_end:
                 fds.insert(3, os.dup(its_end.fileno()))
-            command = Command(self._loop, cgroup, control, report)
+            grace = operations.GRACE if is_operation(request) else 0.0
+            command = Command(self._loop, cgroup, control, report, grace)
             self._commands.append(command)
         except OSError as exc:
             failure = _not_entered(exc)
@@ -177,10 +181,12 @@ class Supervisor:
         self._usher = None
         self._loop.forget(self._usher_pidfd)
         os.waitid(os.P_PIDFD, self._usher_pidfd, os.WEXITED)
-        ended = _is_readable(self._container.pidfd)
         os.close(self._usher_pidfd)
-        if ended and self._where is not None:
-            # liblxc may have tried to remove these while the usher was still on its way out of them
+        self._remove_left_cgroups()
+
+    def _remove_left_cgroups(self) -> None:
+        """Remove the container's cgroups after its end, for liblxc may have tried while we were still in them."""
+        if self._where is not None and _is_readable(self._container.pidfd):
             for directory in (*self._where.join, self._where.parent):
                 with contextlib.suppress(OSError):  # mostly it was done before
                     os.rmdir(directory)

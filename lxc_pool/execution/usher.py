@@ -2,7 +2,8 @@
 
  supervisor ──request, streams, report socket──► usher        in the container's v1 cgroups, else on the host
      ▲                                             │ clone3(CLONE_PARENT | CLONE_INTO_CGROUP), pid namespace
-     └───────────────── is the parent of ──────► command      enters the rest and executes, see `entry`
+     └───────────────── is the parent of ──────► command      enters the rest and executes, see `entry`;
+                                                              an operation stays out of the pid namespace
 
 Joining v1 cgroups is what takes long (`cgroups`); the usher does it once for all commands of a container, and reads the
 container's confinement once. It stays in the host's pid namespace: the container can neither see nor trace it. It ends
@@ -80,7 +81,7 @@ def _serve(packet: tuple[bytes, list[int]], door: entry.Door | OSError) -> None:
         if entry.is_withdrawn(report):
             raise InterruptedError(errno.EINTR, "withdrawn")
         _open_up((stdin, stdout, stderr))
-        pid = namespaces.clone_sibling(cgroup if door.unified else None)
+        pid = _fork(cgroup, door, outside=request.operation)
         if not pid:
             entry.enter_and_exec(request, (stdin, stdout, stderr, report), cgroup, door)
         answer: Started | Failed = Started(pid)
@@ -95,6 +96,29 @@ def _serve(packet: tuple[bytes, list[int]], door: entry.Door | OSError) -> None:
     finally:
         for fd in fds:  # the command's copy of report is now the last: its execve is the supervisor's end of file
             os.close(fd)
+
+
+def _fork(cgroup: int, door: entry.Door, *, outside: bool) -> int:
+    """Fork a command; *outside* the container's pid namespace if it is an operation, `operations` says why."""
+    where = cgroup if door.unified else None
+    if not outside or not door.confinement.own_pids:
+        return namespaces.clone_sibling(where)
+    own = os.pidfd_open(os.getpid())
+    pid = 0
+    try:
+        namespaces.setns(own, namespaces.CLONE_NEWPID)
+        pid = namespaces.clone_sibling(where)
+        if not pid:
+            return 0
+    finally:
+        os.close(own)
+        try:
+            namespaces.setns(door.pidfd, namespaces.CLONE_NEWPID)
+        except OSError:  # the container has ended: no command may be forked any more, it would be outside
+            if pid:
+                os.kill(pid, signal.SIGKILL)  # our sibling, not reaped before its `Started`, which it won't get
+            os._exit(1)
+    return pid
 
 
 def _open_up(streams: tuple[int, int, int]) -> None:

@@ -1,0 +1,137 @@
+"""What a process of ours does inside a container, without a program of the container's: `protocol.OPERATIONS`.
+
+ client ── frames ──► stdin   files-in    stdout ── DONE path, or FAILED ──► client
+                              files-out   stdout ── frames ────────────────► client
+
+It enters as a command does (`entry`), into the same namespaces, cgroup and confinement, but for the pid namespace: for
+as long as it runs it is a copy of our program. In the container's /proc, root of a privileged container, which has
+CAP_SYS_PTRACE, could trace it, undumpable as it is, and open its `exe`: the host's Python, to be overwritten once
+nothing runs it any more (CVE-2019-5736). Outside it can be neither seen, traced nor signalled. What it does is done
+with the rights of the container's root alone.
+
+Nothing may be imported any more: the path that modules are looked for in is the container's by now.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lxc_pool.execution import identity, trees
+from lxc_pool.execution.frames import FrameError, FrameReader, FrameWriter, StreamEnd
+from lxc_pool.execution.tree_sink import Policy, TreeSink
+from lxc_pool.execution.tree_source import send
+
+PARENTS, MERGE = "p", "m"
+"""Letters of files-in's third argument: make missing directories; fill a directory that exists."""
+
+GRACE = 2.0
+"""Seconds that an operation has to remove what it has begun, once it is told to end by SIGTERM. Origin: a guess."""
+
+_INPUT, _OUTPUT = 0, 1
+_BROKEN, _WITHDRAWN = 1, 2  # exit statuses, for people
+
+
+class _WithdrawnError(BaseException):
+    """SIGTERM has come: the client wants no more of it, or is gone."""
+
+
+class _Silent:
+    """Watch nothing: the client does."""
+
+    def moved(self, count: int) -> None:
+        """Ignore it."""
+
+    def entered(self) -> None:
+        """Ignore it."""
+
+    def skipped(self, path: bytes) -> None:
+        """Ignore it."""
+
+
+def perform(argv: Sequence[str]) -> int:
+    """Do what a request asks for, from inside the container; return the exit status. Raises nothing.
+
+    Args:
+        argv: `files-in`, the destination, the name in it, letters of options, the owner or nothing;
+            or `files-out` and the source.
+    """
+    frames = FrameWriter(_write)
+    try:
+        _settle()
+        path = b""
+        try:
+            if argv[0] == "files-in":
+                _, destination, name, options, owner = argv
+                path = _files_in(_encoded(destination), _encoded(name), options, owner)
+            else:
+                send(_encoded(argv[1]), frames, _Silent())
+        except OSError as exc:
+            frames.failed(exc.errno or errno.EIO, _as_bytes(exc.filename), exc.strerror or str(exc))
+        except (ValueError, FrameError, StreamEnd, identity.UnknownUser) as exc:
+            frames.failed(0, b"", str(exc.args[0]))
+        else:
+            frames.done(path)
+    except _WithdrawnError:
+        return _WITHDRAWN
+    except BaseException:  # noqa: BLE001 - there is nobody to tell: a fork must not return, and stderr is the client's
+        return _BROKEN
+    return 0
+
+
+def _files_in(destination: bytes, name: bytes, options: str, owner: str) -> bytes:
+    """Make what comes on stdin; return where it is."""
+    passwd, group = identity.read_capped("/etc/passwd"), identity.read_capped("/etc/group")
+    found = identity.resolve(owner or None, passwd, group)
+    pair = (found.uid, found.gid)
+
+    def own(fd: int) -> None:
+        os.fchown(fd, *pair)
+
+    place = trees.find_place(destination, name, parents=PARENTS in options, own=own)
+    policy = Policy(owner=pair, merge=MERGE in options)
+    TreeSink(place, FrameReader(_read), policy, _Silent()).receive()
+    return place.path
+
+
+def _settle() -> None:
+    """Be no longer what the agent's commands inherit, but a program that tidies up."""
+    sys.path.clear()
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):  # as errors, please
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _withdraw)
+
+
+def _withdraw(_signum: int, _frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _WithdrawnError
+
+
+def _read(buffer: memoryview) -> int:
+    return os.readv(_INPUT, [buffer])
+
+
+def _write(buffers: Sequence[bytes | bytearray | memoryview]) -> None:
+    left = [memoryview(buffer) for buffer in buffers]
+    while left:
+        written = os.writev(_OUTPUT, left)
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if left:
+            left[0] = left[0][written:]
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _as_bytes(path: object) -> bytes:
+    if isinstance(path, bytes):
+        return path
+    return os.fsencode(path) if isinstance(path, str) else b""
