@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +85,7 @@ def test_a_service_that_does_not_hold_the_key_is_found_out_too() -> None:
         aside.join()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the standard library knows only MD5 before")
 def test_it_is_the_standard_librarys_handshake() -> None:
     with pair() as (service, client):
         stock = Connection(client._socket.detach())
@@ -95,6 +98,24 @@ def test_it_is_the_standard_librarys_handshake() -> None:
         prove_to_client(service, b"key")
         assert aside.join() is None
         stock.close()
+
+
+@pytest.mark.parametrize("digest", ["md5", "sha1"])
+def test_a_weaker_hash_is_refused_by_both_sides(digest: str) -> None:
+    with pair() as (service, client):
+
+        def prove() -> None:
+            message = client.recv_bytes().removeprefix(b"#CHALLENGE#")
+            client.send_bytes((b"" if digest == "md5" else b"{sha1}") + hmac.digest(b"key", message, digest))
+
+        aside = Aside(prove)
+        with pytest.raises(AuthenticationFailed):
+            prove_to_client(service, b"key")
+        assert aside.join() is None
+    with pair() as (service, client):
+        service.send_bytes(b"#CHALLENGE#" + (b"" if digest == "md5" else b"{sha1}") + b"x" * 40)
+        with pytest.raises(ProtocolError, match="no challenge for SHA-256"):
+            prove_to_service(client, b"key")
 
 
 @pytest.mark.parametrize("answer", [b"", b"garbage", b"x" * 256, b"#CHALLENGE#"])
