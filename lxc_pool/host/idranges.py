@@ -40,7 +40,8 @@ def take(
     registry.mkdir(mode=0o700, exist_ok=True)
     taken = {int(name) for name in os.listdir(registry) if name.isdecimal()}
     given_away = list(_subordinate_ids(subids))
-    for first in range(base, LIMIT - SIZE + 1, SIZE):
+    # Multiples of the size alone, or those of services with different bases could overlap.
+    for first in range(-(-base // SIZE) * SIZE, LIMIT - SIZE + 1, SIZE):
         if first in taken or any(first < end and start < first + SIZE for start, end in given_away):
             continue
         try:
