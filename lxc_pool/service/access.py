@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import grp
 import os
 import pwd
+import select
 import socket
 import struct
 from pathlib import Path
@@ -17,7 +19,7 @@ from lxc_pool.errors import AccessDenied, ConfigError
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.wire.channel import credentials
 
-_SO_PEERGROUPS = 59
+_SO_PEERGROUPS, _SO_PEERPIDFD = 59, 77
 """Not in Python's socket module. Source: Linux include/uapi/asm-generic/socket.h."""
 
 
@@ -88,6 +90,8 @@ class Policy:
         try:
             process = identify(pid)
             program = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+            if _has_ended(sock):
+                raise ProcessLookupError(f"pid {pid} is another's now")
         except (ProcessLookupError, FileNotFoundError) as error:
             raise AccessDenied(f"process {pid}, which opened the connection, has ended") from error
         printable = "".join(character if character.isprintable() else "?" for character in program)
@@ -131,10 +135,14 @@ def owner_of(peer: Peer, pid: int | None) -> ProcessIdentity:
 
     Raises:
         ValueError: No process has that pid.
-        AccessDenied: It is another user's.
+        AccessDenied: It is another user's, or the peer has numbers of its own for processes.
     """
     if pid is None:
         return peer.process
+    if not _shares_pids(peer.process.pid):
+        raise AccessDenied(
+            f"process {pid} can't be made owner: your process is in a pid namespace of its own, its numbers are not ours"
+        )
     try:
         owner = identify(pid)
         uid = psutil.Process(pid).uids().real  # not the owner of /proc/PID, which is root's where it is undumpable
@@ -146,6 +154,33 @@ def owner_of(peer: Peer, pid: int | None) -> ProcessIdentity:
     if uid != peer.uid and not peer.is_admin:
         raise AccessDenied(f"process {pid} is not yours: it runs as uid {uid}, you as {peer.uid}")
     return owner
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Tell whether the process that opened a connection's other end has ended, so that its pid may be another's.
+
+    Source: unix(7) of Linux 6.5 and later; before, nobody can tell.
+    """
+    try:
+        descriptor = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        return error.errno != errno.ENOPROTOOPT
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(descriptor)
+
+
+def _shares_pids(pid: int) -> bool:
+    """Tell whether process *pid* is in this process's pid namespace."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+    except FileNotFoundError:  # it has just ended
+        return False
+    except PermissionError:  # only a service that is not root's: what can't be looked at, is not confined by it
+        return True
 
 
 def _peer_groups(sock: socket.socket) -> tuple[int, ...]:

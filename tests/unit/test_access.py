@@ -6,8 +6,13 @@ import grp
 import os
 import pwd
 import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from lxc_pool import config
@@ -176,3 +181,36 @@ def test_a_thread_is_no_owner_though_it_has_an_id() -> None:
 
 def test_identities_of_other_boots_are_other_processes() -> None:
     assert identify(os.getpid()) != ProcessIdentity("other boot", os.getpid(), identify(os.getpid()).start_ticks)
+
+
+def test_a_pid_that_has_become_anothers_since_is_not_taken_for_the_peers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener, sleeper() as other:
+        listener.bind(path)
+        listener.listen()
+        script = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", script, path], check=True)
+        connection, _address = listener.accept()
+        with connection:
+            monkeypatch.setattr(access, "credentials", lambda _sock: (other.pid, 0, 0))
+            with pytest.raises(AccessDenied, match="has ended"):
+                policy().peer_of(connection)
+            # A kernel that can't tell, does not.
+            monkeypatch.setattr(access, "_SO_PEERPIDFD", 0xFFFF)
+            assert policy().peer_of(connection).process.pid == other.pid
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a pid namespace")
+def test_a_peer_with_pids_of_its_own_may_name_none() -> None:
+    with subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "sleep", "infinity"]) as parent:
+        try:
+            while not (children := psutil.Process(parent.pid).children()):
+                time.sleep(0.001)  # it has to fork first
+            confined = Peer(identify(children[0].pid), 0, frozenset(), "sleep", is_admin=True)
+            with pytest.raises(AccessDenied, match="pid namespace of its own"):
+                owner_of(confined, os.getpid())
+            assert owner_of(confined, None) == confined.process
+        finally:
+            parent.kill()
