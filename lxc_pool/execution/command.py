@@ -122,6 +122,10 @@ class Command:
         self._doomed = True
         self._withdraw()
         self._signal(signal.SIGKILL)
+        if self._over:
+            # Its background processes ended with the container; a client may hold on to this for as long as it likes.
+            self.cgroup.remove()
+            self._finish()
 
     def _on_report(self) -> None:
         data = self._report.recv(MAX_EVENT)

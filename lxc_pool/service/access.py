@@ -141,7 +141,7 @@ def owner_of(peer: Peer, pid: int | None) -> ProcessIdentity:
         return peer.process
     if not _shares_pids(peer.process.pid):
         raise AccessDenied(
-            f"process {pid} can't be made owner: your process is in a pid namespace of its own, its numbers are not ours"
+            f"process {pid} can't be made owner: your process is in a pid namespace of its own, whose pids are not ours"
         )
     try:
         owner = identify(pid)

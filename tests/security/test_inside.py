@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lxc_pool import PoolServiceProxy, State
@@ -229,6 +230,20 @@ def test_a_container_that_bombs_is_removed_like_any_other(attacker: Attacker, re
     soon(lambda: int(attacker.cgroup_file("pids.current")) > LIMITS.pids - 5)
     attacker.container.release()
     soon(lambda: not real.has_traces(attacker.container.name))
+    process.close()
+
+
+def test_a_client_that_holds_on_to_a_command_keeps_nothing_of_its_container(attacker: Attacker, real: Service) -> None:
+    process = attacker.container.popen(["sh", "-c", "sleep 1000 & exit"])
+    process.wait()
+    name = attacker.container.name.encode()
+    usher = next(psutil.Process(pid) for pid in real.marked() if name in Path(f"/proc/{pid}/cgroup").read_bytes())
+    supervisor = usher.parent()
+    assert supervisor is not None
+    assert supervisor.is_running()
+    attacker.container.release()
+    # Else whoever leases and releases could fill the host with supervisors.
+    soon(lambda: not supervisor.is_running())
     process.close()
 
 
