@@ -67,6 +67,11 @@ def traces(prefix: str, lxcpath: Path, host_dir: Path) -> tuple[Trace, ...]:
     )
 
 
+def meeting_places(host_dir: Path) -> tuple[Path, ...]:
+    """Return the sockets and keys that are in a host dir, those half made too."""
+    return tuple(path for pattern in ("pool.sock*", "authkey", ".authkey.*") for path in sorted(host_dir.glob(pattern)))
+
+
 def is_there(trace: Trace) -> bool:
     """Look again whether a trace is still there."""
     if trace.process is not None:

@@ -1,0 +1,241 @@
+"""The disk is full, the ledger can't be written, or is lost: a clear error, no half hand-off, and all is well after."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lxc_pool import BackendError, LxcPoolError, PoolServiceProxy, State
+from lxc_pool.host import idranges
+from lxc_pool.host.residue import LOCKS
+from tests.support.faults import FaultyService
+from tests.support.oracle import Footprint, assert_healed, assert_no_larger, becomes_ready
+from tests.support.waiting import eventually
+
+CONFIG = "[pool]\nsize = 2\nworkers = 2\nmin_free = 0\n"
+
+
+class Disk:
+    """A small file system of its own for a state dir."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ballast = path / "ballast"
+
+    def fill(self) -> None:
+        """Leave not one byte."""
+        with contextlib.suppress(OSError), self._ballast.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def empty(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+    def remount(self, how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", self.path], check=True)
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    path = Path(tempfile.mkdtemp(prefix="lxp-test-"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=0755", "none", path], check=True)
+    try:
+        yield Disk(path)
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+        path.rmdir()
+        shutil.rmtree(LOCKS / path.relative_to("/"), ignore_errors=True)
+
+
+@pytest.fixture
+def on_disk(images: Path, disk: Disk) -> Iterator[FaultyService]:
+    """A service whose state dir is on the small file system."""
+    service = FaultyService()
+    service.state_dir = disk.path / "state"
+    service.containers = service.state_dir / "containers"
+    service.state_dir.mkdir(mode=0o755)
+    subprocess.run(["cp", "-a", images, service.state_dir / "images"], check=True)
+    try:
+        yield service
+    finally:
+        disk.remount("rw")
+        disk.empty()
+        service.close()
+
+
+def leased(pool: PoolServiceProxy) -> set[str]:
+    return {info.name for info in pool.containers() if info.state is State.LEASED}
+
+
+def lease_many(pool: PoolServiceProxy) -> None:
+    """Lease until it fails: there may be some room in the ledger's own pages."""
+    for _ in range(1000):
+        with pool.lease("x", 1):
+            pass
+
+
+def test_a_full_disk_gives_nothing_out_loses_nothing_and_is_over_when_there_is_room(
+    on_disk: FaultyService, disk: Disk
+) -> None:
+    service = on_disk
+    pool = service.start(config=CONFIG)
+    pool.wait_ready()
+    with pool.lease("held") as held:
+        held.run(["true"], check=True)
+        assert_healed(service, pool, leased=[held.name])
+        before = Footprint.of(service.pid)
+        disk.fill()
+        with pytest.raises(BackendError, match=r"ledger .* can't be written.*full"):
+            lease_many(pool)
+        assert pool.echo("alive") == "alive"
+        assert leased(pool) == {held.name}  # no half hand-off
+        held.run(["true"], check=True)  # commands in what is leased already do not need the disk
+        status = json.loads(service.cli("status", "--json").stdout)
+        assert "full" in status["last_error"]
+    eventually(lambda: held.name not in {info.name for info in pool.containers()}, "a release needs no room")
+    disk.empty()
+    becomes_ready(pool, 15)
+    assert_healed(service, pool)
+    with pool.lease("y") as container:
+        container.run(["true"], check=True)
+    assert_healed(service, pool)
+    assert_no_larger(service.pid, before)
+
+
+def test_a_service_does_not_start_on_a_full_disk_and_says_why(on_disk: FaultyService, disk: Disk) -> None:
+    disk.fill()
+    on_disk.launch(config=CONFIG)
+    finished = on_disk.wait()
+    assert finished.status == 5
+    last = finished.log.splitlines()[-1]
+    assert last.startswith("lxc-pool: ")
+    assert "space left" in last or "full" in last
+    assert "Traceback" not in finished.log
+    disk.empty()
+    pool = on_disk.start(config=CONFIG)
+    pool.wait_ready()
+    assert_healed(on_disk, pool)
+
+
+def test_a_service_that_was_killed_on_a_full_disk_is_taken_up_when_there_is_room(
+    on_disk: FaultyService, disk: Disk
+) -> None:
+    pool = on_disk.start(config=CONFIG)
+    with pool.lease("held") as held:
+        disk.fill()
+        on_disk.kill()
+        on_disk.launch(config=CONFIG)
+        deadline = time.monotonic() + 10
+        while on_disk.process is not None and on_disk.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(LxcPoolError):
+                on_disk.connect().status()
+                break
+        if on_disk.died():
+            assert "Traceback" not in on_disk.wait().log
+        else:
+            on_disk.kill()
+        disk.empty()
+        on_disk.start(config=CONFIG)
+        held.run(["true"], check=True)
+        assert_healed(on_disk, pool, leased=[held.name])
+
+
+def test_a_service_does_not_start_on_a_read_only_disk_and_says_why(on_disk: FaultyService, disk: Disk) -> None:
+    on_disk.start(config=CONFIG).wait_ready()
+    on_disk.stop()
+    disk.remount("ro")
+    on_disk.launch(config=CONFIG)
+    finished = on_disk.wait()
+    assert finished.status == 5
+    assert "Read-only file system" in finished.log.splitlines()[-1]
+    assert "Traceback" not in finished.log
+
+
+def test_a_ledger_that_becomes_read_only_stops_hand_offs_and_no_removals(service: FaultyService) -> None:
+    pool = service.start(size=2)
+    pool.wait_ready()
+    with pool.lease("held") as held:
+        assert_healed(service, pool, leased=[held.name])
+        service.faults.set_read_only(True)
+        with pytest.raises(BackendError, match=r"ledger .* can't be written: attempt to write a readonly database"):
+            pool.get("x", 5)
+        assert leased(pool) == {held.name}
+        assert pool.status().size == 2
+        with pytest.raises(BackendError):
+            held.renew(5)
+        held.run(["true"], check=True)
+    eventually(lambda: held.name not in {info.name for info in pool.containers()}, "a release needs no ledger")
+    service.faults.set_read_only(False)
+    assert_healed(service, pool)
+
+
+def test_a_container_that_was_removed_while_the_ledger_was_read_only_stays_removed(service: FaultyService) -> None:
+    pool = service.start(size=1)
+    with pool.lease("held") as held:
+        service.faults.set_read_only(True)
+    eventually(lambda: held.name not in {info.name for info in pool.containers()}, "a release needs no ledger")
+    service.kill()
+    service.faults.set_read_only(False)
+    pool = service.start(size=1)
+    assert_healed(service, pool)
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 500, b""], ids=["rubbish", "empty"])
+def test_a_ledger_that_is_lost_is_begun_anew_and_the_host_cleaned_of_all_that_it_knew(
+    service: FaultyService, content: bytes
+) -> None:
+    pool = service.start(size=2)
+    container = pool.get("x", 30)
+    assert container is not None
+    service.kill()
+    for path in service.state_dir.glob("ledger.db-*"):
+        path.unlink()
+    (service.state_dir / "ledger.db").write_bytes(content)
+    # Of containers whose directories are gone already, only these would be left.
+    gone = f"lxp-{service.instance}-abcd-1"
+    lock = LOCKS / str(service.containers).lstrip("/") / f".{gone}"
+    lock.touch()
+    idranges.take(str(service.containers / gone))
+    pool = service.start(size=2)
+    assert_healed(service, pool)
+    with pytest.raises(LxcPoolError):
+        container.run(["true"])
+    container.release()
+    if content:
+        notice = pool.status().ledger
+        assert notice is not None
+        assert "corrupt" in notice
+        (aside,) = service.state_dir.glob("ledger.db.corrupt-*")
+        assert aside.read_bytes() == content
+        assert str(aside) in notice
+        assert notice in service.log
+        assert json.loads(service.cli("status", "--json").stdout)["ledger"] == notice
+        assert notice in service.cli("status").stdout
+
+
+def test_an_audit_without_a_readable_ledger_says_so_and_nothing_is_removed(service: FaultyService) -> None:
+    pool = service.start(size=1)
+    with pool.lease("x") as container:
+        service.kill()
+        saved = (service.state_dir / "ledger.db").read_bytes()
+        wal = (service.state_dir / "ledger.db-wal").read_bytes()
+        (service.state_dir / "ledger.db").write_bytes(b"no database at all" * 500)
+        (service.state_dir / "ledger.db-wal").unlink()
+        for command in (["audit"], ["cleanup"], ["cleanup", "--execute"]):
+            done = service.cli(*command, "--state-dir", service.state_dir)
+            assert done.returncode == 2, done
+            assert "ledger" in done.stderr
+            assert done.stdout == ""
+        (service.state_dir / "ledger.db").write_bytes(saved)
+        (service.state_dir / "ledger.db-wal").write_bytes(wal)
+        pool = service.start(size=1)
+        container.run(["true"], check=True)
+    assert_healed(service, pool)
