@@ -43,6 +43,16 @@ _PROGRESS = 2000
 """Files between two lines about the progress."""
 
 
+def is_compressed(path: Path) -> bool:
+    """Tell whether a file begins as one that we can decompress.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(6).startswith(tuple(_MAGIC))
+
+
 def first_name(path: Path) -> str:
     """Return the name of an archive's first member, empty if there is none.
 
@@ -74,6 +84,22 @@ def unpack(path: Path, unpacker: Unpacker, report: Report) -> None:
         if not getattr(archive, "lxc_pool_complete", False):
             raise ImageError(f"{path} is cut short or damaged after {count} files")
     unpacker.finish()
+
+
+def decompress(path: Path, target: Path) -> None:
+    """Write what a compressed file holds, or a copy of one that is not, to the new file *target*.
+
+    Raises:
+        ImageError: It is damaged, or the disk too full.
+        OSError: It can't be read or written.
+    """
+    try:
+        with _decompressed(path) as stream, open(target, "xb") as file:
+            while chunk := stream.read(_CHUNK):
+                program.check_room(target.parent)
+                file.write(chunk)
+    except (zlib.error, lzma.LZMAError, EOFError) as error:
+        raise ImageError(f"{path} is damaged: {error}") from error
 
 
 def _unpack_member(archive: tarfile.TarFile, member: tarfile.TarInfo, unpacker: Unpacker) -> None:
@@ -134,8 +160,7 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     """Open an archive as a stream; turn whatever is wrong with it into an ImageError."""
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb"))
-            stream = stack.enter_context(_decompressed(file, path))
+            stream = stack.enter_context(_decompressed(path))
             stack.enter_context(_bounded_memory())
             yield stack.enter_context(tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, errorlevel=2))
         except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, RecursionError) as error:
@@ -145,29 +170,34 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 @contextlib.contextmanager
-def _decompressed(file: IO[bytes], path: Path) -> Iterator[BinaryIO]:
-    start = file.read(6)
-    file.seek(0)
-    match next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None):
-        case "gzip":
-            yield cast("BinaryIO", io.BufferedReader(_Inflated(file, _Gzip), _CHUNK))
-        case "xz":
-            yield cast("BinaryIO", io.BufferedReader(_Inflated(file, _Xz), _CHUNK))
-        case "zstd":
-            program.need("zstd", "zstd", f"unpacking {path}")
-            with subprocess.Popen(["zstd", "-dcq"], stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as zstd:
-                assert zstd.stdout is not None
-                assert zstd.stderr is not None
-                try:
-                    yield cast("BinaryIO", zstd.stdout)
-                    zstd.stdout.read(_CHUNK)  # what may follow the archive's end
-                    said = zstd.stderr.read(1000).decode(errors="replace").strip()
-                    if said:
-                        raise ImageError(f"{path} is damaged: {said}")
-                finally:
-                    zstd.kill()
-        case _:
-            yield cast("BinaryIO", file)
+def _decompressed(path: Path) -> Iterator[BinaryIO]:
+    # Without a buffer: zstd goes on with the descriptor from where we are.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+        start = file.read(6)
+        file.seek(0)
+        match next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None):
+            case "gzip":
+                yield cast("BinaryIO", io.BufferedReader(_Inflated(file, _Gzip), _CHUNK))
+            case "xz":
+                yield cast("BinaryIO", io.BufferedReader(_Inflated(file, _Xz), _CHUNK))
+            case "zstd":
+                yield from _unzstd(file, path)
+            case _:
+                yield file
+
+
+def _unzstd(file: IO[bytes], path: Path) -> Iterator[BinaryIO]:
+    """Decompress with the program: Python has no zstd before 3.14."""
+    program.need("zstd", "zstd", f"unpacking {path}")
+    with subprocess.Popen(["zstd", "-dcq"], stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as zstd:
+        assert zstd.stdout is not None
+        assert zstd.stderr is not None
+        try:
+            yield cast("BinaryIO", zstd.stdout)
+            if not zstd.stdout.read(_CHUNK) and (said := zstd.stderr.read(1000)):
+                raise ImageError(f"{path} is damaged: {said.decode(errors='replace').strip()}")
+        finally:
+            zstd.kill()
 
 
 class _Gzip:

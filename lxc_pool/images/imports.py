@@ -76,10 +76,18 @@ def _import_oci(transport: str, tag: str, source: Path, rootfs: Path, report: Re
     work.mkdir(mode=0o700)
     try:
         link, layout, unpacked = work / "source", work / "layout", work / "rootfs"
-        link.symlink_to(source.absolute())  # whose name may have a colon, which means something here
         report(f"reading {source}")
+        if source.is_file() and archive.is_compressed(source):
+            archive.decompress(source, link)  # skopeo 1.9 fails with "unexpected EOF" on compressed ones (measured)
+        else:
+            link.symlink_to(source.absolute())  # whose name may have a colon, which means something here
         reference = f"{transport}:{link}{f':{tag}' if tag else ''}"
-        program.run(["skopeo", "--insecure-policy", "copy", reference, f"oci:{layout}:image"], room=work, heard=_silent)
+        program.run(
+            ["skopeo", "--insecure-policy", "copy", reference, f"oci:{layout}:image"],
+            room=work,
+            heard=_silent,
+            environment={"TMPDIR": str(work)},  # or it would leave its temporary files if it is killed
+        )
         report("putting its layers together")
         # Links to directories stay: a layer may have `bin/x` where an older one has `bin` → `usr/bin`.
         program.run(
