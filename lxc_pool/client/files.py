@@ -35,6 +35,9 @@ MAX_ENTRIES = 100_000
 PULL_TIMEOUT = 600.0
 """Seconds that `pull` takes at most. Origin: a guess; `MAX_BYTES` take some seconds."""
 
+MAX_NAMED = 1 << 20
+"""Bytes of the paths of what was left out that are kept. Origin: a guess, more than anybody reads."""
+
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Progress = Callable[[int, int], object]
 """Called with the bytes and the entries copied so far."""
@@ -48,7 +51,7 @@ class Copied(NamedTuple):
         byte_count: Bytes of all files, holes included.
         entry_count: Files, directories and links.
         skipped: Paths of the devices, fifos and sockets that were left out: of the source if pushed, within it if
-            pulled.
+            pulled. `MAX_NAMED` bytes of them at most: who makes them may make many.
     """
 
     path: str
@@ -72,7 +75,9 @@ class _Count:
         self, progress: Progress | None, source: str = "", max_bytes: int | None = None, max_entries: int | None = None
     ) -> None:
         self.byte_count = self.entry_count = 0
+        self.skip_count = 0
         self.names: list[str] = []
+        self._name_bytes = 0
         self._progress = progress
         self._source = source
         self._max_bytes = max_bytes
@@ -94,7 +99,10 @@ class _Count:
 
     def skipped(self, path: bytes) -> None:
         """Take note of what is left out."""
-        self.names.append(os.fsdecode(path))
+        self.skip_count += 1
+        self._name_bytes += len(path)
+        if self._name_bytes <= MAX_NAMED:
+            self.names.append(os.fsdecode(path))
 
     def _tell(self) -> None:
         if self._progress is not None:
@@ -128,6 +136,7 @@ def push(
         try:
             writer = FrameWriter(inside.write)
             send(source, writer, count)
+            inside.check()  # before the last word, after which it is there
             writer.done()
         except Cut:
             pass  # it says why
@@ -170,7 +179,7 @@ def pull(
                 inside.finish()
         finally:
             os.close(place.directory)
-    entries = count.entry_count - len(count.names)
+    entries = count.entry_count - count.skip_count
     return Copied(os.fsdecode(place.path), count.byte_count, entries, tuple(count.names))
 
 

@@ -89,6 +89,7 @@ class Inside:
         Raises:
             Late: Nothing came in time.
         """
+        self.check()
         while True:
             try:
                 return os.readv(self._output, [buffer])
@@ -102,6 +103,7 @@ class Inside:
             Late: They were not read in time.
             Cut: They won't be read.
         """
+        self.check()
         left = [memoryview(buffer) for buffer in buffers]
         while left:
             try:
@@ -115,6 +117,15 @@ class Inside:
                 written -= len(left.pop(0))
             if left:
                 left[0] = left[0][written:]
+
+    def check(self) -> None:
+        """Look at the clock, for a stream that never has to be waited for.
+
+        Raises:
+            Late: The deadline has passed.
+        """
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise Late
 
     def finish(self) -> None:
         """Wait until it has ended.
