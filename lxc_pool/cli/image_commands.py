@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lxc_pool.cli.options import add_state_dir
@@ -100,9 +103,8 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _make(arguments: argparse.Namespace, name: str, builder: Any, origin: str) -> int:
-    with _progress(arguments) as progress:
-        store = _store(arguments)
-        image = store.build(name, progress.show, builder, origin)
+    with _progress(arguments) as progress, _ended_in_order():
+        image = _store(arguments).build(name, progress.show, builder, origin)
     if arguments.json:
         print_json(_as_dict(image))
     else:
@@ -170,6 +172,21 @@ def _store(arguments: argparse.Namespace) -> ImageStore:
     from lxc_pool.images.store import ImageStore
 
     return ImageStore(arguments.state_dir.absolute() / "images")
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end us as Ctrl-C does: what has been made so far is removed."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
