@@ -184,7 +184,7 @@ def test_an_uninstallation_waits_for_the_services_end_and_leaves_nothing(killed:
     assert not service.state_dir.exists()
     assert not service.host_dir.exists()
     assert not (LOCKS / str(service.state_dir).lstrip("/")).exists()
-    assert not [path for path in Path("/sys/fs/cgroup").rglob(f"*lxp-{instance}*")]
+    assert not list(Path("/sys/fs/cgroup").rglob(f"*lxp-{instance}*"))
     assert not [holder for _path, holder in idranges.held() if str(service.containers) in holder]
     assert cleanup(service, "--all", "--execute").returncode == 0  # once more: nothing to do
 
