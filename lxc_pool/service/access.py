@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import grp
@@ -21,6 +22,9 @@ from lxc_pool.wire.channel import credentials
 
 _SO_PEERGROUPS, _SO_PEERPIDFD = 59, 77
 """Not in Python's socket module. Source: Linux include/uapi/asm-generic/socket.h."""
+
+_MAX_GROUPS = 65536
+"""Supplementary groups of a process at most. Source: Linux include/uapi/linux/limits.h, NGROUPS_MAX."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -185,12 +189,21 @@ def _shares_pids(pid: int) -> bool:
 
 def _peer_groups(sock: socket.socket) -> tuple[int, ...]:
     """Return the supplementary groups of a connection's other end. Source: unix(7) of Linux 4.13 and later."""
-    size = 4096
     try:
-        data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, size)
-    except OSError:  # more than a thousand groups, or an old kernel: then the primary one counts alone
-        return ()
+        # Python takes no more than 1024 bytes here.
+        data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+    except OSError as error:  # an old kernel: then the primary one counts alone
+        return _many_peer_groups(sock) if error.errno == errno.ERANGE else ()
     return struct.unpack(f"{len(data) // 4}I", data)
+
+
+def _many_peer_groups(sock: socket.socket) -> tuple[int, ...]:
+    groups = (ctypes.c_uint32 * _MAX_GROUPS)()
+    size = ctypes.c_uint32(ctypes.sizeof(groups))
+    call = ctypes.CDLL(None, use_errno=True).getsockopt
+    if call(sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, groups, ctypes.byref(size)) < 0:
+        return ()
+    return tuple(groups[: size.value // 4])
 
 
 def _uid(name: str) -> int:

@@ -20,7 +20,7 @@ from lxc_pool.errors import AccessDenied, ConfigError
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.service import access
 from lxc_pool.service.access import Peer, Policy, owner_of
-from tests.support.processes import NOBODY, sleeper
+from tests.support.processes import NOBODY, in_child, sleeper
 
 
 def peer(uid: int | None = None, *groups: int) -> Peer:
@@ -44,6 +44,24 @@ def test_the_peer_is_the_process_that_connected_with_all_its_groups() -> None:
     assert (found.process, found.uid) == (identify(os.getpid()), os.geteuid())
     assert found.groups == {os.getegid(), *os.getgroups()}
     assert found.program in str(found)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be in groups")
+@pytest.mark.parametrize("groups", [[], [7], list(range(1, 256)), list(range(1, 258)), list(range(1, 3000))])
+def test_every_supplementary_group_counts(groups: list[int]) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0lxp-groups-{os.getpid()}")
+        listener.listen()
+
+        def connect() -> None:
+            os.setgroups(groups)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(listener.getsockname())
+
+        in_child(connect)
+        connection, _address = listener.accept()
+        with connection:
+            assert set(access._peer_groups(connection)) == set(groups)
 
 
 @pytest.mark.parametrize(("pid", "words"), [(0, "no pid here"), (2**22 + 1, "has ended")])
