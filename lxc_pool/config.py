@@ -83,6 +83,7 @@ class Config:
         max_leases: Containers that one user may have or wait for at once; administrators: any number.
         max_waiters: Calls of one user that may wait at once; as before.
         max_connections: Connections that one user may have at once; as before.
+        max_calls: Calls a second that are taken of one user; more have to wait. As before.
     """
 
     profiles: tuple[ProfileConfig, ...]
@@ -99,6 +100,7 @@ class Config:
     max_leases: int = 100
     max_waiters: int = 100
     max_connections: int = 200
+    max_calls: int = 2000
 
     def profile(self, name: str) -> ProfileConfig:
         """Return the profile called *name*.
@@ -146,7 +148,7 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
     pool.only(
         "size", "workers", "create_timeout", "image_timeout", "confirm_timeout", "min_free", "id_base", "max_keep"
     )
-    access.only("group", "users", "admins", "max_leases", "max_waiters", "max_connections")
+    access.only("group", "users", "admins", "max_leases", "max_waiters", "max_connections", "max_calls")
     default_size = pool.integer("size", 5, 1, MAX_SIZE)
     if size is not None:
         default_size = check_size(size)
@@ -165,6 +167,7 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
         max_leases=access.integer("max_leases", 100, 1, 1_000_000),
         max_waiters=access.integer("max_waiters", 100, 1, 1_000_000),
         max_connections=access.integer("max_connections", 200, 1, 1_000_000),
+        max_calls=access.integer("max_calls", 2000, 1, 1_000_000),
     )
 
 

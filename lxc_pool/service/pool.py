@@ -501,6 +501,8 @@ class Pool:
         if member.state is State.LEASED and member.lease is not None:
             self._leases.remember(member.name, member.lease.uid, reason)
             self._record_end(member, member.lease, reason)
+        else:
+            trail.record("reap", name=member.name, reason=reason, was=member.state, profile=member.profile)
         self._leases.strike_out(member)
         if member.init is not None:
             self._watch.forget(member.init)

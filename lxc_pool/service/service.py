@@ -19,6 +19,7 @@ from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.service import trail
 from lxc_pool.service.access import Peer, Policy, owner_of
 from lxc_pool.service.census import WarmWait
+from lxc_pool.service.fairness import Pace, Quietly, Turns
 from lxc_pool.service.leases import Quota
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.waiters import Ticket
@@ -75,6 +76,9 @@ class PoolService:
         """
         self._config = config
         self.policy = Policy(config)
+        self.pace = Pace(config.max_calls)
+        self.turns = Turns()
+        self.quietly = Quietly()
         self._pool = pool
         self._launcher = launcher
         self._socket_path = socket_path

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError, QuotaExceeded, UnknownLease
 from lxc_pool.service import trail
 from lxc_pool.service.access import Peer
+from lxc_pool.service.fairness import CONNECTION_COST
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.service import PoolService
 from lxc_pool.wire import handshake, messages
@@ -127,6 +128,7 @@ class Session:
         denied: LxcPoolError | None = None
         try:
             self._peer = self._service.policy.peer_of(self._socket)
+            self._keep_pace(CONNECTION_COST)
             self._service.policy.require_user(self._peer)
             self._service.require_connection(self._peer)
         except (AccessDenied, QuotaExceeded) as error:
@@ -147,6 +149,13 @@ class Session:
 
     def _serve_one(self) -> bool:
         """Take one call and answer it; return whether to go on."""
+        with contextlib.ExitStack() as turn:
+            if not self.peer.is_admin:
+                mine = self._service.turns.taken(self.peer.uid, MESSAGE_TIMEOUT)
+                self._channel.before_large = lambda: turn.enter_context(mine)
+            return self._take_and_answer()
+
+    def _take_and_answer(self) -> bool:
         channel = self._channel
         # Whoever was made an offer has to say something soon: others may be waiting for that container.
         channel.deadline = None if self._offer is None else time.monotonic() + self._confirm_timeout
@@ -157,6 +166,7 @@ class Session:
                 raise
             self._take_back_offer()
             return True
+        self._keep_pace(1)
         call = messages.decode_call(body)
         self._last_call = isinstance(call, messages.Shutdown)
         descriptors = channel.take_descriptors()
@@ -186,10 +196,24 @@ class Session:
                 work()
         return not (self._last_call and self._service.stopped.is_set())
 
+    def _keep_pace(self, calls: int) -> None:
+        """Wait until this user's turn has come, if it asks more than it may."""
+        if not self.peer.is_admin and (delay := self._service.pace.delay(self.peer.uid, calls)) > 0:
+            time.sleep(delay)
+
     def _record_refusal(self, error: Exception) -> None:
         pid, uid, _gid = self._channel.peer
-        program = self._peer.program if self._peer else None
-        trail.record("refusal", uid=uid, pid=pid, program=program, kind=type(error).__name__, why=str(error))
+        speak, left_out = self._service.quietly.may_speak(uid)
+        if speak:
+            trail.record(
+                "refusal",
+                uid=uid,
+                pid=pid,
+                program=self._peer.program if self._peer else None,
+                kind=type(error).__name__,
+                why=str(error),
+                left_out=left_out or None,
+            )
 
     def _send(self, reply: bytes) -> None:
         self._channel.deadline = time.monotonic() + MESSAGE_TIMEOUT

@@ -11,15 +11,18 @@ import logging
 
 _log = logging.getLogger(__name__)
 
+_MOST = 200
+"""Characters of one field. A guess: names and ids have at most 128; a refused message may quote megabytes."""
+
 
 def record(event: str, **fields: object) -> None:
     """Write one line; fields that are None are left out.
 
     Args:
-        event: `lease`, `end`, `refusal` or `command`.
+        event: `lease`, `end` (of a lease, by which its container is reaped), `reap` (of one without), `refusal`.
         **fields: What is to be known of it.
     """
-    known = {key: value for key, value in fields.items() if value is not None}
+    known = {key: _bounded(value) for key, value in fields.items() if value is not None}
     words = (f"{key}={_plain(value)}" for key, value in known.items())
     level = logging.WARNING if event == "refusal" else logging.INFO
     _log.log(level, "%s %s", event, " ".join(words), extra={"event": event, "fields": known})
@@ -42,6 +45,13 @@ class JsonFormatter(logging.Formatter):
         if event := getattr(record, "event", None):
             document["event"] = event
         return json.dumps(document, default=str)
+
+
+def _bounded(value: object) -> object:
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value)
+    return text if len(text) <= _MOST else f"{text[:_MOST]}…"
 
 
 def _plain(value: object) -> str:

@@ -12,13 +12,16 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 MAX_MESSAGE = 4 * 1024 * 1024
 """Bytes in one message at most: a command's arguments and environment fit (execve(2) allows 2 MiB), a bomb does not."""
 
 MAX_DESCRIPTORS = 4
 """Descriptors beside one message: stdin, stdout, stderr and the control socket of a command."""
+
+LARGE_MESSAGE = 64 * 1024
+"""Bytes beyond which a message is a large one; see `Channel.before_large`. A guess: only commands are."""
 
 _UCRED = struct.Struct("3i")
 """pid, uid, gid. Source: unix(7), SO_PEERCRED."""
@@ -50,10 +53,12 @@ class Channel:
     Attributes:
         deadline: Monotonic time by which the operation under way must be through; None: no limit.
             `TimeoutError` is raised past it, and the channel is of no more use then.
+        before_large: Called before more of a message is received than `LARGE_MESSAGE`; it may wait, or raise.
     """
 
     def __init__(self, sock: socket.socket, *, accept_descriptors: bool = False) -> None:
         self.deadline: float | None = None
+        self.before_large: Callable[[], object] = lambda: None
         self._socket = sock
         self._accept_descriptors = accept_descriptors
         self._received = bytearray()
@@ -120,6 +125,8 @@ class Channel:
         (length,) = _HEADER.unpack_from(self._received)
         if not 0 <= length <= limit:
             raise ProtocolError(f"a message claims {length} bytes; at most {limit} are allowed")
+        if length > LARGE_MESSAGE:
+            self.before_large()
         end = _HEADER.size + length
         while len(self._received) < end:
             self._receive()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,3 +79,14 @@ def new_attacker(pool: PoolServiceProxy, attack_program: bytes) -> Iterator[Call
 @pytest.fixture
 def attacker(new_attacker: Callable[[], Attacker]) -> Attacker:
     return new_attacker()
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A short directory that every user may enter: pytest's own are closed to others and too long for a socket."""
+    path = Path(tempfile.mkdtemp(prefix="lxp-test-"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
