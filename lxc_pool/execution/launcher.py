@@ -206,10 +206,11 @@ def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 
 def _check_control(fd: int) -> None:
+    """Refuse what is not one end of a pair: on the other side of a named socket is some service, which trusts root."""
     try:
         with socket.socket(fileno=os.dup(fd)) as sock:
-            fine = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_SEQPACKET
+            fine = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_SEQPACKET and not sock.getpeername()
     except OSError:
         fine = False
     if not fine:
-        raise ValueError(f"descriptor {fd} is no SOCK_SEQPACKET socket to control a command by")
+        raise ValueError(f"descriptor {fd} is no end of a pair of SOCK_SEQPACKET sockets to control a command by")
