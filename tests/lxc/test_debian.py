@@ -1,0 +1,179 @@
+"""Debian containers, booted by systemd: what is started in them works, privileged or not."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lxc_pool import Container, PoolServiceProxy
+from lxc_pool.images import imports
+from lxc_pool.images.store import ImageStore
+from tests.support import debian, real_service
+from tests.support.real_service import Service
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.timeout(600)  # seconds: the first one builds the image, which takes 20 on an idle machine
+
+CONFIG = """\
+[pool]
+workers = 2
+create_timeout = 60
+[profile.default]
+image = "debian"
+size = 1
+[profile.privileged]
+image = "debian"
+privileged = true
+size = 1
+"""
+
+PROFILES = ["default", "privileged"]
+
+
+@pytest.fixture(scope="module")
+def debian_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image directory with the Debian image."""
+    if (reason := real_service.missing()) is not None:
+        pytest.skip(reason)
+    images = tmp_path_factory.mktemp("debian") / "images"
+    debian.lend_images(images)
+    return images
+
+
+@pytest.fixture(scope="module")
+def debian_service(debian_images: Path) -> Iterator[Service]:
+    service = Service(debian_images)
+    try:
+        service.start(config=CONFIG)
+        yield service
+    finally:
+        service.close()
+
+
+@pytest.fixture
+def debian_pool(debian_service: Service) -> Iterator[PoolServiceProxy]:
+    with debian_service.connect() as pool:
+        pool.wait_ready(timeout=90)
+        yield pool
+
+
+@pytest.fixture(params=PROFILES)
+def container(debian_pool: PoolServiceProxy, request: pytest.FixtureRequest) -> Iterator[Container]:
+    with debian_pool.lease("debian", timeout=60, profile=request.param) as container:
+        yield container
+
+
+def sh(container: Container, script: str, timeout: float = 30.0) -> str:
+    """Run a script; return what it writes, or fail with it."""
+    done = container.run(
+        ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"{script}: {done.returncode}: {done.stdout}"
+    assert isinstance(done.stdout, str)
+    return done.stdout
+
+
+def test_it_has_booted_when_it_is_handed_out_and_nothing_has_failed(container: Container) -> None:
+    state = container.run(["systemctl", "is-system-running"], capture_output=True, text=True, timeout=30)
+    failed = sh(container, "systemctl --failed --no-legend --plain; journalctl -b -p err --no-pager -q")
+    assert (state.stdout, failed) == ("running\n", "")
+
+
+def test_a_service_is_started_stopped_and_answers(container: Container) -> None:
+    sh(container, "systemctl restart cron nginx ssh && systemctl is-active cron nginx ssh")
+    page = sh(container, r"exec 3<>/dev/tcp/127.0.0.1/80; printf 'GET / HTTP/1.0\r\n\r\n' >&3; cat <&3")
+    assert page.startswith("HTTP/1.1 200 OK")
+    assert sh(container, "exec 3<>/dev/tcp/127.0.0.1/22; head -c 4 <&3") == "SSH-"
+    sh(container, "systemctl stop nginx; ! systemctl is-active nginx; ! pgrep nginx")
+
+
+def test_a_unit_may_have_limits_and_a_place_of_its_own(container: Container) -> None:
+    sh(
+        container,
+        "systemd-run --quiet --wait -p MemoryMax=64M -p TasksMax=20 -p PrivateTmp=yes -p DynamicUser=yes true",
+    )
+    assert sh(container, "systemd-run --quiet --pipe -p ProtectSystem=strict sh -c 'touch /usr/x || echo no'") == (
+        "touch: cannot touch '/usr/x': Read-only file system\nno\n"
+    )
+
+
+def test_what_is_logged_is_in_the_journal(container: Container) -> None:
+    sh(
+        container,
+        "logger --tag lxc-pool-test hello; journalctl --sync; journalctl -t lxc-pool-test -o cat -q | grep -x hello",
+    )
+
+
+def test_it_knows_its_name_and_nothing_of_the_hosts(container: Container) -> None:
+    assert sh(container, "hostname; getent hosts $(hostname) >/dev/null && echo found") == f"{container.name}\nfound\n"
+    assert sh(container, "cat /etc/resolv.conf; ls /etc/hostname 2>&1 | grep -c 'No such file'") == "1\n"
+    assert sh(container, "grep -rl 'lxc_pool\\|00lxc-pool' /etc | wc -l") == "0\n"
+
+
+def test_no_two_containers_are_one_machine(debian_pool: PoolServiceProxy) -> None:
+    ids = set()
+    for profile in PROFILES:
+        with debian_pool.lease("debian", timeout=60, profile=profile) as container:
+            ids.add(sh(container, "cat /etc/machine-id"))
+    assert len(ids) == 2
+    assert all(len(machine_id.strip()) == 32 for machine_id in ids)
+
+
+def test_its_users_may_log_in(container: Container) -> None:
+    assert sh(container, "su - user -c 'id -un; pwd; touch x && ls'") == "user\n/home/user\nx\n"
+
+
+def test_packages_may_be_removed_and_configured(container: Container) -> None:
+    sh(container, "dpkg --purge --force-depends cron && ! systemctl is-active cron && ! test -e /usr/sbin/cron", 60)
+    sh(container, "apt-get check && dpkg --configure -a")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_released_one_is_gone_at_once(debian_service: Service, debian_pool: PoolServiceProxy, profile: str) -> None:
+    container = debian_pool.get("debian", 60, profile=profile)
+    assert container is not None
+    sh(container, "systemctl start nginx; setsid sleep infinity >/dev/null 2>&1 & true")
+    began = time.monotonic()
+    container.release()
+    eventually(lambda: not debian_service.has_traces(container.name), "it is removed")
+    assert time.monotonic() - began < 5  # 0.05 to 0.1 s on an idle machine
+
+
+def test_a_probe_of_the_profile_comes_before_the_images(debian_images: Path) -> None:
+    service = Service(debian_images)
+    config = CONFIG + 'probe = ["sh", "-c", "echo never; false"]\n'
+    try:
+        pool = service.start(config=config.replace("create_timeout = 60", "create_timeout = 6"))
+        eventually(
+            lambda: "echo never" in (pool.status().last_error or ""), "the profile's probe has failed", timeout=30
+        )
+        pool.wait_ready(1, timeout=60)
+    finally:
+        service.close()
+
+
+def test_a_degraded_system_counts_as_booted(debian_images: Path, tmp_path: Path) -> None:
+    """And a tree like Debian's survives being imported."""
+    (image,) = ImageStore(debian_images).list()
+    root = tmp_path / "root"
+    subprocess.run(["cp", "-al", image.rootfs, root], check=True)
+    unit = "[Service]\nType=oneshot\nExecStart=/bin/false\n[Install]\nWantedBy=multi-user.target\n"
+    (root / "etc/systemd/system/broken.service").write_text(unit)
+    (root / "etc/systemd/system/multi-user.target.wants/broken.service").symlink_to("../broken.service")
+    (root / "etc/systemd/system/sys-kernel-debug.mount").unlink()
+    imported = ImageStore(tmp_path / "images").build("broken", lambda _line: None, imports.builder(str(root)))
+    assert imported.probe == image.probe
+    service = Service(tmp_path / "images")
+    try:
+        pool = service.start(config='[pool]\ncreate_timeout = 60\n[profile.default]\nimage = "broken"\nsize = 1\n')
+        with pool.lease("x", timeout=90) as container:
+            state = container.run(["systemctl", "is-system-running"], capture_output=True, text=True, timeout=30)
+            assert state.stdout == "degraded\n"
+            assert "broken.service" in sh(container, "systemctl --failed --no-legend --plain")
+            sh(container, "systemctl start nginx")
+    finally:
+        service.close()
