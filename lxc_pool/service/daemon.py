@@ -143,8 +143,11 @@ def serve(
 
 
 def _obstacle(state_dir: Path, min_free: int) -> str | None:
-    """Return why nothing can be created, if the state dir has too little room."""
-    status = os.statvfs(state_dir)
+    """Return why nothing can be created, if the state dir has too little room, or is gone."""
+    try:
+        status = os.statvfs(state_dir)
+    except OSError as error:
+        return f"can't look at the state dir {state_dir}: {error.strerror}"
     free = status.f_bavail * status.f_frsize
     if free >= min_free:
         return None

@@ -239,3 +239,17 @@ def test_an_audit_without_a_readable_ledger_says_so_and_nothing_is_removed(servi
         pool = service.start(size=1)
         container.run(["true"], check=True)
     assert_healed(service, pool)
+
+
+def test_a_state_dir_that_is_gone_for_a_while_stops_creations_and_nothing_else(service: FaultyService) -> None:
+    pool = service.start(size=2)
+    pool.wait_ready()
+    away = service.directory / "away"
+    with pool.lease("held") as held:
+        assert_healed(service, pool, leased=[held.name])
+        service.state_dir.rename(away)
+        with pool.lease("x"):
+            eventually(lambda: "state dir" in str(pool.status().last_error), "it is said")
+            held.run(["true"], check=True)
+            away.rename(service.state_dir)
+    assert_healed(service, pool)
