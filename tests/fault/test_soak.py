@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from tests.support.real_service import ROOT, missing
 
 
@@ -53,3 +54,8 @@ def test_wrong_use_is_told_at_once(arguments: list[str]) -> None:
     )
     assert done.returncode == 2
     assert done.stderr
+
+
+def test_the_documentation_has_a_place_for_what_a_soak_finds() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert text.count(report.BEGIN) == text.count(report.END) == 1
