@@ -93,6 +93,8 @@ def clean(
 ) -> tuple[Removal, ...]:
     """Remove what an audit found; go on past failures; return what became of each finding.
 
+    What was nobody's when no service ran may be one's that begins meanwhile: it is left to that one.
+
     Args:
         report: The audit's.
         state_dir: The service's.
@@ -105,6 +107,9 @@ def clean(
             with contextlib.suppress(OSError):
                 _remove_socket(trace) if trace.kind == "socket" else _remove_netdev(trace)
     for name in dict.fromkeys(trace.name for trace in report.findings if trace.kind not in ("socket", "netdev")):
+        if report.running is None and running_service(state_dir) is not None:
+            failed[name] = "a service has begun meanwhile, which takes it up or removes it"
+            continue
         try:
             removal.remove(name, lxcpath, force=True)
         except (LxcPoolError, OSError) as error:

@@ -65,6 +65,17 @@ def test_containers_are_told_from_directories_by_their_configuration(state: Path
     assert not list((state / "containers").iterdir())
 
 
+def test_what_a_service_may_have_taken_up_since_the_audit_is_left_to_it(state: Path, host: Path) -> None:
+    for number in (1, 2):
+        (state / "containers" / f"{prefix(state)}ab-{number}").mkdir()
+    report = audit.audit(state, host)
+    with state_dir(state):
+        removals = audit.clean(report, state)
+    assert len(removals) == 2
+    assert all("has begun meanwhile" in str(removal.problem) for removal in removals)
+    assert len(list((state / "containers").iterdir())) == 2
+
+
 def test_what_has_another_name_is_neither_named_nor_touched(state: Path, host: Path) -> None:
     for name in ("lxp-000000-ab-1", "mine", f"x{prefix(state)}ab-1"):
         (state / "containers" / name / "rootfs").mkdir(parents=True)
