@@ -9,6 +9,8 @@ with pool.lease(ContainerId.create("job"), timeout=30) as c:
 ```
 
 Importing this loads the client only: neither the `lxc` binding nor the service.
+
+PYTEST_DONT_REWRITE: pytest, which takes the package for a plugin, would warn where it was imported before.
 """
 
 from lxc_pool.client.container import Container

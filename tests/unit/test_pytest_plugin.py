@@ -417,20 +417,33 @@ def test_a_session_that_the_timeouts_thread_ends_gives_its_container_back(
     service.reaches(leased=0)
 
 
-def test_the_plugin_is_loaded_by_its_entry_point(
-    run_apart: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
-    metadata = tmp_path / "lxc_pool-0.dist-info"
-    metadata.mkdir()
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the package look installed to new processes: its metadata is where they import from."""
+    metadata = tmp_path / "site" / "lxc_pool-0.dist-info"
+    metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lxc-pool\nVersion: 0\n")
+    (metadata / "RECORD").write_text("lxc_pool/__init__.py,,\nlxc_pool/pytest_plugin.py,,\n")
     entry_points = configparser.ConfigParser()
-    entry_points["pytest11"] = declared
+    entry_points.read_dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"])
     with (metadata / "entry_points.txt").open("w") as file:
         entry_points.write(file)
-    monkeypatch.delenv(NO_OTHERS)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    monkeypatch.delenv(NO_OTHERS, raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{metadata.parent}")
+
+
+def test_the_plugin_is_loaded_by_its_entry_point(run_apart: Run, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("installed")  # after `run_apart`, whose environment it changes
     run_apart("def test_it(lxc_container): pass").assert_outcomes(passed=1)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_program_that_has_imported_the_package_may_run_pytest(pytester: pytest.Pytester) -> None:
+    # pytest rewrites the asserts of plugins, and warns of those that were imported before it could.
+    script = "import sys, lxc_pool, pytest; sys.exit(pytest.main(['-W', 'error', '--markers']))"
+    result = pytester.run(sys.executable, "-c", script, timeout=SUBPROCESS_TIMEOUT)
+    assert result.ret == 0
+    assert "PytestAssertRewriteWarning" not in result.stderr.str()
 
 
 def test_the_plugin_loads_neither_the_service_nor_liblxc() -> None:
