@@ -205,7 +205,7 @@ class Container:
         Raises:
             FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError, OSError: As
                 pathlib and shutil have them; `filename` is a path of the side that it was on. On failure nothing is
-                left but, after *dirs_exist_ok*, files that were complete.
+                left but directories that *parents* made and, with *dirs_exist_ok*, files that were complete.
             TimeoutError: It was not done within *timeout*.
             UnknownLease, LeaseExpired: The lease has ended.
             ExecFailed: The container can't be entered, or has ended meanwhile.
