@@ -201,7 +201,7 @@ class LxcBackend:
             if probe.returncode == 0:
                 return
             if time.monotonic() + _PROBE_PAUSE > blueprint.deadline:
-                said = (probe.stderr or probe.stdout).decode(errors="replace").strip()[-500:]
+                said = _printable((probe.stderr or probe.stdout).decode(errors="replace").strip()[-500:])
                 raise StartFailed(
                     f"{blueprint.name} is up but its probe {list(command)} still ends with "
                     f"{probe.returncode}: {said or 'it says nothing'}"
@@ -224,4 +224,9 @@ def words(directory: Path, otherwise: str) -> str:
         return otherwise
     # `lxc-start NAME 20240101120000.000 ERROR    start - ../src/lxc/start.c:lxc_spawn:1832 - No such file …`
     said = [line.split(" - ", 2)[-1].strip() for line in lines if " ERROR " in line]
-    return "; ".join(dict.fromkeys(said))[:1000] or otherwise
+    return _printable("; ".join(dict.fromkeys(said))[:1000]) or otherwise
+
+
+def _printable(text: str) -> str:
+    """Leave out what a terminal would obey: what a container says may be shown to an administrator."""
+    return "".join(character if character.isprintable() else "?" for character in text.replace("\n", "; "))
