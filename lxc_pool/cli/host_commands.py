@@ -86,5 +86,8 @@ def _log_to_stderr(level: int, *, as_json: bool) -> logging.handlers.QueueListen
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     listener = logging.handlers.QueueListener(records, handler)
     listener.start()
-    logging.basicConfig(level=level, handlers=[logging.handlers.QueueHandler(records)])
+    # Not by basicConfig: it gives the handler a format, and the line would be formatted twice.
+    root = logging.getLogger()
+    root.setLevel(level)
+    root.addHandler(logging.handlers.QueueHandler(records))
     return listener
