@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from lxc_pool import ContainerInfo, PoolManager, State, pytest_plugin
-from lxc_pool.backend.memory import Fault
+from lxc_pool import CloneFailed, Container, ContainerInfo, PoolManager, ServiceUnavailable, State, pytest_plugin
+from lxc_pool.backend.memory import HANG, Fault
 from lxc_pool.config import ProfileConfig
 from tests.support.memory_service import MemoryService, memory_service
+from tests.support.waiting import eventually
 
 pytest_plugins = ["pytester"]
 
@@ -206,23 +207,35 @@ def test_the_marker_chooses_the_profile_and_the_closest_one_wins(run: Run) -> No
     result.assert_outcomes(passed=3)
 
 
-def test_a_test_that_gets_no_container_in_time_says_why(run: Run, service: MemoryService) -> None:
-    service.reaches(size=3)
-    service.backend.script("clone", Fault(delay=0.5))
-    with PoolManager.connect(service.host_dir) as pool, pool.lease("it has the one", profile="other"):
-        result = run("""
-            import pytest
+def test_an_unknown_profile_is_an_error(run: Run) -> None:
+    result = run("""
+        import pytest
 
-            @pytest.mark.lxc(profile="nothing")
-            def test_unknown(lxc_container): pass
+        @pytest.mark.lxc(profile="nothing")
+        def test_it(lxc_container): pass
+    """)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["E *ValueError: *nothing*"])
 
-            @pytest.mark.lxc(profile="other", timeout=0)
-            def test_late(lxc_container): pass
-        """)
-    result.assert_outcomes(errors=2)
-    result.stdout.fnmatch_lines(
-        ["E *ValueError: *nothing*", "E *PoolTimeout: no container of profile 'other' came free in 0 s: *"]
-    )
+
+def test_a_test_that_gets_no_container_in_time_says_why(run: Run) -> None:
+    with memory_service(size=1) as own, PoolManager.connect(own.host_dir) as pool:
+        own.reaches(size=1)
+        own.backend.script("clone", Fault(error=CloneFailed("the disk is full")), HANG)
+        with pool.lease("it has the one"):
+            eventually(lambda: pool.status().last_error, "the creation of the next one has failed")
+            result = run(
+                """
+                import pytest
+
+                @pytest.mark.lxc(timeout=0)
+                def test_it(lxc_container): pass
+                """,
+                *("--lxc-pool-host-dir", str(own.host_dir)),
+            )
+    result.assert_outcomes(errors=1)
+    why = "no container of profile 'default' came free in 0 s: 0 warm, * 1 leased, * last error: *the disk is full*"
+    result.stdout.fnmatch_lines([f"E *PoolTimeout: {why}"])
 
 
 @pytest.mark.parametrize(
@@ -308,6 +321,17 @@ def test_a_container_that_is_gone_is_reported_as_that(run: Run) -> None:
     )
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["state:   the lease of * has ended: *"])
+    assert "kept" not in result.stdout.str()
+
+
+def test_a_report_does_without_a_service_that_is_gone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_container: Container) -> State:
+        raise ServiceUnavailable("it went away")
+
+    monkeypatch.setattr(Container, "state", property(gone))
+    result = run("def test_it(lxc_container): assert False", "--lxc-pool-keep-failed=1")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["state:   unknown: it went away"])
     assert "kept" not in result.stdout.str()
 
 
