@@ -79,11 +79,12 @@ class Caller:
             try:
                 connection = self._idle.pop()
             except IndexError:
-                until = time.monotonic() + CALL_TIMEOUT if deadline is None else deadline
-                return Connection.open(self.host_dir, until, again=again)
+                break  # not from here: a caller would read of an empty deque before every error of connecting
             if connection.usable:
                 return connection
             connection.close()
+        until = time.monotonic() + CALL_TIMEOUT if deadline is None else deadline
+        return Connection.open(self.host_dir, until, again=again)
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection back that no answer is on its way on."""

@@ -425,6 +425,12 @@ def test_no_host_dir_is_no_service_and_says_so_within_the_timeout(tmp_path: Path
     assert time.monotonic() - began < SOON
 
 
+def test_an_error_of_connecting_does_not_begin_with_an_empty_deque(tmp_path: Path) -> None:
+    with pytest.raises(ServiceUnavailable) as caught:
+        PoolManager.connect(tmp_path / "nope", timeout=0)
+    assert caught.value.__context__ is None
+
+
 def test_a_service_that_comes_up_in_time_is_waited_for(service: MemoryService) -> None:
     service.stop()
     service.backend._go_on.clear()
