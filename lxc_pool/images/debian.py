@@ -45,6 +45,9 @@ _SUFFIXES = ("", "-updates", "-security", "/updates")
 _APT_TIMEOUT = 60.0
 """Seconds for apt to print its configuration, which takes 20 ms (measured)."""
 
+_NOISE = re.compile(r"-hook in shell|received signal|finding correct|is equal to the host's|success in")
+"""What mmdebstrap says that is no step of the build."""
+
 _SUITE = re.compile(r"[a-z][a-z0-9._-]*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.:~=/-]*")
 _MIRROR = re.compile(r"[a-z][a-z0-9+.-]*:/[^\s\[\]]+")
@@ -105,7 +108,7 @@ class Recipe:
             Path(mirrors[0]).write_text(sources, encoding="utf-8")
 
         def heard(line: str) -> None:
-            if line.startswith("I: ") and "-hook in shell" not in line:
+            if line.startswith("I: ") and not _NOISE.search(line):
                 report(line[3:].removesuffix("..."))
 
         program.run(

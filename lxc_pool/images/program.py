@@ -92,7 +92,8 @@ def run(
         process.wait()
         process.stdout.close()
     if process.returncode:
-        said = "; ".join(line for line in last if line) or "it said nothing"
+        lines = [line for line in last if line.startswith("E: ")] or [line for line in last if line]  # apt's errors
+        said = "; ".join(lines) or "it said nothing"
         raise ImageError(f"{argv[0]} failed with exit status {process.returncode}: {said}")
 
 
