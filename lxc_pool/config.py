@@ -37,6 +37,7 @@ class ProfileConfig:
     Attributes:
         size: Warm containers to keep.
         privileged: Whether the container's root is the host's root, and not one of a user namespace of its own.
+        no_new_privs: Whether no program in it may gain privileges by being executed: set-uid ones are then as others.
         memory: Bytes that it may use.
         pids: Processes that it may have.
         cpu: Its share of the CPUs when they are busy, as cpu.weight: 1 to 10000, 100 is usual.
@@ -53,6 +54,7 @@ class ProfileConfig:
     network: str = "empty"
     probe: tuple[str, ...] = ()
     privileged: bool = False
+    no_new_privs: bool = False
     memory: int = 1 << 30
     pids: int = 1000
     cpu: int = 100
@@ -190,7 +192,10 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
         if not _PROFILE_NAME.fullmatch(name):
             raise table.error(name, "a profile's name is 1 to 32 of a-z, 0-9, - and _")
         keys = table.table(name)
-        keys.only("image", "size", "network", "probe", "privileged", "memory", "pids", "cpu", "disk", "allow")
+        keys.only(
+            *("image", "size", "network", "probe", "privileged", "no_new_privs"),
+            *("memory", "pids", "cpu", "disk", "allow"),
+        )
         size = keys.integer("size", default_size if name == main else 1, 1, MAX_SIZE)
         profiles.append(
             ProfileConfig(
@@ -200,6 +205,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
                 network=keys.choice("network", "empty", ("empty",)),
                 probe=keys.strings("probe"),
                 privileged=keys.boolean("privileged"),
+                no_new_privs=keys.boolean("no_new_privs"),
                 memory=keys.size("memory", 1 << 30),
                 pids=keys.integer("pids", 1000, 1, 4_194_304),
                 cpu=keys.integer("cpu", 100, 1, 10_000),

@@ -308,6 +308,11 @@ static int streams(void) {
     return 0;
 }
 
+static int effective(void) {
+    printf("uid=%d\n", (int)geteuid());
+    return 0;
+}
+
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
     if (!strcmp(what, "calls")) return calls();
@@ -325,6 +330,7 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "terminal")) return terminal();
     if (!strcmp(what, "lurk")) return lurk(atoi(argv[2]));
     if (!strcmp(what, "nested")) return nested();
+    if (!strcmp(what, "effective")) return effective();
     if (!strcmp(what, "streams")) return streams();
     fprintf(stderr, "attack: nothing called '%s'\n", what);
     return 2;

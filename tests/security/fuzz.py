@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -57,8 +58,12 @@ USER = 64001
 HANG = 20.0
 """Seconds in which the server must have closed a connection whose other end is closed. It takes milliseconds."""
 
-GROWTH = 48 << 10
-"""KiB of memory that a run may add after its first thousand cases. A guess: one leaked message a case would be more."""
+GROWTH = 32 << 20
+"""Bytes of memory that a run may add after its first batches. A guess: 200 bytes leaked in each case would be more."""
+
+_BATCH = 10_000
+_SETTLED = 3
+"""Cases of a batch, and batches until Hypothesis and the allocator have what they keep."""
 
 LEASED = "<leased>"
 """Stands for the name of a container that the fuzzer has."""
@@ -292,7 +297,6 @@ class Target:
         self._pipe = os.pipe()
         self._pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._before = (sys.maxsize, sys.maxsize)
-        self._memory = 0
         self.look()  # this process is watched as an owner of leases from now on
         self._before = self._usage()
 
@@ -349,16 +353,6 @@ class Target:
         while (now := self._usage()) > self._before:
             assert time.monotonic() < deadline, f"it grows: descriptors, threads {now}, not {self._before}"
             time.sleep(0.01)  # a lane's thread may still be ending
-        if self.cases >= 1000:
-            gc.collect()
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            self._memory = self._memory or memory
-            assert memory - self._memory < GROWTH, f"memory has grown from {self._memory} to {memory} KiB"
-
-    @property
-    def growth(self) -> int:
-        """KiB of memory since the first thousand cases."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._memory if self._memory else 0
 
     def _send_pieces(self, sock: socket.socket, data: bytes, kinds: Sequence[str], step: int) -> None:
         pieces = [data] if not step else [data[at : at + step] for at in range(0, min(len(data), 40 * step), step)]
@@ -454,10 +448,11 @@ def main() -> None:
     logging.basicConfig(handlers=[logging.NullHandler()])
     began = time.monotonic()
     done = 0
+    memory: list[int] = []
     print(f"seed {arguments.seed}", flush=True)  # noqa: T201  # it is a program
     with target() as it:
         while done < arguments.cases:
-            count = min(10_000, arguments.cases - done)
+            count = min(_BATCH, arguments.cases - done)
             number = arguments.seed + done
             # Half to the codec alone, half to the server. What Hypothesis takes longest for is to make an example, so
             # each is also sent with other changes.
@@ -467,11 +462,21 @@ def main() -> None:
             run(quarter, number, functools.partial(_throw_variants, it), CASES)
             it.look()
             done += count
+            memory.append(_memory_in_use())
             print(  # noqa: T201  # as above
                 f"{done} cases in {time.monotonic() - began:.0f} s, {it.cases} to the server "
-                f"({dict(it.answers)}, slowest {it.slowest:.2f} s), memory +{it.growth} KiB",
+                f"({dict(it.answers)}, slowest {it.slowest:.2f} s), {memory[-1] >> 20} MiB of memory",
                 flush=True,
             )
+            growth = memory[-1] - min(memory[:_SETTLED])
+            assert len(memory) <= _SETTLED or growth < GROWTH, f"memory has grown by {growth} bytes"
+
+
+def _memory_in_use() -> int:
+    """Return the bytes of memory that this process has in use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _decode_variants(body: bytes) -> None:

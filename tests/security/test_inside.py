@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -437,3 +437,58 @@ def test_the_profile_of_these_tests_is_the_unprivileged_default() -> None:
     assert LIMITS.profile == ProfileConfig(
         "default", LIMITS.size, memory=LIMITS.memory, pids=LIMITS.pids, disk=LIMITS.disk
     )
+
+
+# --- other profiles ---------------------------------------------------------------------------------------------------
+
+OTHERS = """
+[profile.default]
+size = 1
+[profile.bound]
+no_new_privs = true
+[profile.rooted]
+privileged = true
+"""
+
+
+@pytest.fixture(scope="module")
+def others(images: Path) -> Iterator[PoolServiceProxy]:
+    service = Service(images)
+    try:
+        yield service.start(config=OTHERS)
+    finally:
+        service.close()
+
+
+def test_without_new_privileges_a_set_uid_program_is_as_any_other(
+    others: PoolServiceProxy, attack_program: bytes
+) -> None:
+    for profile, gained in (("default", "0\n"), ("bound", "1000\n")):
+        with others.lease("x", timeout=TIMEOUT, profile=profile) as container:
+            it = Attacker(container, attack_program)
+            # busybox keeps the right for `su` and the like alone, and `id` tells the effective uid first.
+            it.shell("chmod 4755 /attack")
+            answer = it.run("effective", user=1000)
+            assert answer["uid"] + "\n" == gained, profile
+            assert ("NoNewPrivs:\t1" in it.shell("cat /proc/self/status")) == (profile == "bound")
+
+
+def test_a_privileged_container_has_neither_devices_nor_what_is_confined_to_no_namespace(
+    others: PoolServiceProxy, attack_program: bytes
+) -> None:
+    """Its root is the host's root, and no more is promised: see docs/security.md. What is closed spares accidents."""
+    with others.lease("x", timeout=TIMEOUT, profile="rooted") as container:
+        attacker = Attacker(container, attack_program)
+        assert attacker.first_id == 0
+        answers = attacker.run("calls")
+        for call in ("init_module", "finit_module", "delete_module", "kexec_load", "open_by_handle_at", "add_key"):
+            assert answers[call] == "ENOSYS"
+        assert answers["clock_settime"] == "EPERM"
+        attacker.shell("mknod -m 666 /dev/disk b 8 0; mknod -m 666 /dev/kmem c 1 2; mknod -m 666 /dev/kmsg1 c 1 11")
+        answers = attacker.run(
+            "files", "/dev/disk", "/dev/kmem", "/dev/kmsg1", "/proc/sysrq-trigger", "/proc/sys/kernel/core_pattern"
+        )
+        assert "ok" not in answers.values()
+        capabilities = int(attacker.shell("grep CapBnd /proc/self/status").split()[1], 16)
+        for number in (16, 17, 25, 32, 33):  # sys_module, sys_rawio, sys_time, mac_override, mac_admin
+            assert not capabilities >> number & 1

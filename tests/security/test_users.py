@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import grp
 import json
 import logging
@@ -28,7 +29,8 @@ from lxc_pool.errors import (
     QuotaExceeded,
     UnknownLease,
 )
-from lxc_pool.service import directories, session
+from lxc_pool.host.processes import identify
+from lxc_pool.service import access, directories, session
 from lxc_pool.service.fairness import Pace
 from lxc_pool.service.server import SocketListener
 from lxc_pool.service.trail import JsonFormatter
@@ -212,6 +214,18 @@ def test_an_owner_is_a_living_process_of_ones_own(service: MemoryService) -> Non
     assert mine == ""
     assert (other, init) == ("AccessDenied", "AccessDenied")
     assert set(wrong) == {"ValueError"}
+
+
+def test_a_pid_that_is_given_to_another_process_while_it_is_looked_at_is_no_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = identify(os.getpid())
+    before = dataclasses.replace(ours, start_ticks=ours.start_ticks - 1)
+    looks = iter([before, ours])
+    monkeypatch.setattr(access, "identify", lambda _pid: next(looks))
+    peer = access.Peer(ours, os.getuid(), frozenset(), "x", is_admin=False)
+    with pytest.raises(ValueError, match="living process"):
+        access.owner_of(peer, os.getpid())
 
 
 def test_what_administrators_alone_may_ask_is_refused_to_others(service: MemoryService) -> None:

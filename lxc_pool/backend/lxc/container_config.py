@@ -53,6 +53,8 @@ def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int |
         ("lxc.log.file", str(directory / "lxc.log")),
         ("lxc.log.level", "ERROR"),
     ]
+    if blueprint.profile.no_new_privs:
+        lines.append(("lxc.no_new_privs", "1"))
     if first_id is None:
         lines += [
             ("lxc.mount.auto", "proc:mixed sys:mixed cgroup:mixed"),
