@@ -171,7 +171,7 @@ class Session:
         self._last_call = isinstance(call, messages.Shutdown)
         descriptors = channel.take_descriptors()
         offer, self._offer = self._offer, None
-        if offer is not None and not isinstance(call, (messages.Confirm, messages.Abandon)):
+        if offer is not None and not (isinstance(call, (messages.Confirm, messages.Abandon)) and call.request == offer):
             self._pool.take_back(self.peer.uid, offer, self)
         try:
             reply = messages.encode_result(self._service.answer(self, call, descriptors))

@@ -392,8 +392,9 @@ def target() -> Iterator[Target]:
     user = Peer(identify(os.getpid()), USER, frozenset({0}), "fuzz", is_admin=False)
     config = functools.partial(Config, max_calls=1_000_000)
     with (
-        mock.patch.object(Policy, "peer_of", return_value=user),
-        mock.patch.object(Policy, "require_user"),
+        # Not with return_value: a Mock remembers each of its calls.
+        mock.patch.object(Policy, "peer_of", lambda _policy, _sock: user),  # noqa: PT008
+        mock.patch.object(Policy, "require_user", lambda _policy, _peer: None),  # noqa: PT008
         mock.patch.object(support, "Config", config),
         support.memory_service(3) as service,
     ):

@@ -304,6 +304,17 @@ def test_a_control_socket_with_somebody_behind_it_is_refused(service: MemoryServ
     os.close(null)
 
 
+@pytest.mark.parametrize("call", [messages.Confirm("another"), messages.Abandon("another")])
+def test_an_offer_does_not_stay_reserved_behind_the_confirmation_of_another(
+    service: MemoryService, call: messages.Call
+) -> None:
+    channel = service.channel()
+    assert isinstance(say(channel, messages.Get("r", "x", SOON, "default", None, None)), messages.Offer)
+    assert say(channel, call) is None
+    service.reaches(size=2, reserved=0)
+    channel.close()
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
