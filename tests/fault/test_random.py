@@ -23,7 +23,7 @@ from tests.support.faults import CREATION_STEPS, LEDGER_STEPS, REMOVAL_STEPS, Fa
 from tests.support.oracle import Footprint, assert_healed, assert_no_larger, becomes_ready
 
 SEED = int(os.environ.get("LXC_POOL_FAULT_SEED") or random.SystemRandom().randrange(2**32))
-SECONDS = float(os.environ.get("LXC_POOL_FAULT_SECONDS") or 10)
+SECONDS = float(os.environ.get("LXC_POOL_FAULT_SECONDS") or 6)
 
 CLIENTS = 4
 CONFIG = "[pool]\nsize = 3\nworkers = 2\ncreate_timeout = 2\nconfirm_timeout = 0.5\n"
