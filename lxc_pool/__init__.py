@@ -14,6 +14,7 @@ PYTEST_DONT_REWRITE: pytest, which takes the package for a plugin, would warn wh
 """
 
 from lxc_pool.client.container import Container
+from lxc_pool.client.files import Copied
 from lxc_pool.client.pool import PoolServiceProxy
 from lxc_pool.client.process import Process
 from lxc_pool.errors import (
@@ -50,6 +51,7 @@ __all__ = [
     "Container",
     "ContainerId",
     "ContainerInfo",
+    "Copied",
     "DestroyFailed",
     "ExecFailed",
     "HostDirError",

@@ -145,9 +145,7 @@ class PoolMachine(RuleBasedStateMachine):
             wake=lambda: None,
             rng=random.Random(1),  # noqa: S311  # jitter
         )
-        world.pool.restore(
-            judge(entries, world.backend.names(), world.config, world.backend.newest, world.watch.now())
-        )
+        world.pool.restore(judge(entries, world.backend.names(), world.config, world.backend.newest, world.watch.now()))
         self.capacity = 3
         self.tickets.clear()
         self.order.clear()
