@@ -176,18 +176,27 @@ def test_no_terminal_takes_injected_input(attacker: Attacker) -> None:
     assert "ok" not in answers.values()
 
 
-def test_whoever_enters_can_not_be_traced_or_looked_into(attacker: Attacker) -> None:
+@pytest.mark.parametrize("way", ["commands", "files"])
+def test_whoever_enters_can_not_be_traced_or_looked_into(attacker: Attacker, tmp_path: Path, way: str) -> None:
+    source = tmp_path / "file"
+    source.write_bytes(os.urandom(1 << 20))
     lurking = attacker.container.popen(["/attack", "lurk", "3"], stdout=subprocess.PIPE, text=True)
     assert lurking.stdout is not None
     assert lurking.stdout.readline() == "lurking\n"
     entered = 0
     while lurking.poll() is None:
-        attacker.container.run(["true"], check=True, timeout=TIMEOUT)
+        if way == "commands":
+            attacker.container.run(["true"], check=True, timeout=TIMEOUT)
+        else:
+            attacker.container.push(source, f"/tmp/{entered}")
+            attacker.container.pull(f"/tmp/{entered}", tmp_path / str(entered))
+            attacker.shell("rm /tmp/*")
         entered += 1
     found = dict(line.split("=") for line in lurking.stdout.read().split())
     lurking.close()
-    assert entered > 20
+    assert entered > 10
     assert int(found["looks"]) > entered
+    assert int(found["closed"]) > 0  # some were there to be seen
     assert found["foreign"] == "0"
 
 
