@@ -34,6 +34,7 @@ from lxc_pool.service import access, directories, session
 from lxc_pool.service.fairness import Pace
 from lxc_pool.service.server import SocketListener
 from lxc_pool.service.trail import JsonFormatter
+from lxc_pool.service.waiters import Ticket, WaitQueue
 from lxc_pool.wire import handshake, messages
 from lxc_pool.wire.channel import Channel
 from tests.security.attackers import ALICE, BOB, GROUP, STRANGER, as_member, as_person
@@ -317,10 +318,18 @@ def test_waiters_of_one_user_are_bounded(service: MemoryService, nothing_warm: P
 
 
 def test_when_several_users_wait_they_take_turns(
-    service: MemoryService, nothing_warm: PoolServiceProxy, caplog: pytest.LogCaptureFixture
+    service: MemoryService, nothing_warm: PoolServiceProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert nothing_warm.get("root's", 0) is None
-    caplog.set_level(logging.INFO)
+    served: list[int] = []
+    pop = WaitQueue.pop
+
+    def watch(queue: WaitQueue) -> Ticket:
+        ticket = pop(queue)
+        served.append(ticket.uid)
+        return ticket
+
+    monkeypatch.setattr(WaitQueue, "pop", watch)
 
     def wait() -> None:
         with PoolManager.connect(service.host_dir) as mine, mine.lease("turn", timeout=SOON):
@@ -334,8 +343,7 @@ def test_when_several_users_wait_they_take_turns(
     service.backend.go_on()
     for waiter in waiters:
         waiter.join(SOON)
-    fields = [fields for event, fields in trail_of(caplog) if event == "lease"]
-    assert [field["uid"] for field in fields if field["id"] == "turn"] == [ALICE, BOB, ALICE]
+    assert served == [ALICE, BOB, ALICE]
 
 
 # --- the client's side, and the host dir ------------------------------------------------------------------------------
