@@ -37,12 +37,16 @@ from lxc_pool.service.trail import JsonFormatter
 from lxc_pool.service.waiters import Ticket, WaitQueue
 from lxc_pool.wire import handshake, messages
 from lxc_pool.wire.channel import Channel
-from tests.security.attackers import ALICE, BOB, GROUP, STRANGER, as_member, as_person
+from tests.security import attackers
+from tests.security.attackers import ALICE, BOB, GROUP, STRANGER
 from tests.support import memory_service as support
 from tests.support.memory_service import SOON, MemoryService, say
 from tests.support.processes import sleeper
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be different users")
+
+_SERVICES: list[MemoryService] = []
+"""The service of the test that runs; none if it has none."""
 
 PROFILES = (
     ProfileConfig("default", 4),
@@ -62,7 +66,26 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryService]:
     monkeypatch.setattr(support, "Config", narrow)
     with support.memory_service(profiles=PROFILES, group=grp.getgrgid(GROUP).gr_name) as service:
         service.reaches(size=7)
+        _SERVICES.append(service)
         yield service
+        _SERVICES.clear()
+
+
+def as_person(uid: int, action: Callable[[], Any], *, member: bool = False) -> Any:
+    """Call *action* as a user; see `attackers`.
+
+    Not while the service starts a process, for it is in this one: the fork would hold on to that one's pipe, and the
+    container's start, which the user waits for, would wait for the user.
+    """
+    for service in _SERVICES:
+        if not service.backend._faults["start"] and service.pool.census().total("leased") < PROFILES[0].size:
+            service.reaches(building=0, reaping=0)
+    return (attackers.as_member if member else attackers.as_person)(uid, action)
+
+
+def as_member(uid: int, action: Callable[[], Any]) -> Any:
+    """As `as_person`, as somebody who may use the service."""
+    return as_person(uid, action, member=True)
 
 
 def errors_of(*actions: Callable[[], object]) -> list[str]:
