@@ -177,7 +177,7 @@ class LxcEngine:
         return ("false",)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lxc_engine() -> Iterator[LxcEngine]:
     # Not below pytest's own directory: that is closed to the ids of containers.
     state_dir = Path(tempfile.mkdtemp(prefix="lxp-contract-"))
