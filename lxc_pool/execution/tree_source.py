@@ -115,7 +115,8 @@ class _Tree:
         except FileNotFoundError:
             return
         except OSError as exc:
-            if exc.errno == errno.ELOOP:  # a link has just taken its place
+            # A link has just taken its place, or something has just taken a link's.
+            if exc.errno == errno.ELOOP or (exc.errno == errno.EINVAL and entry.is_symlink()):
                 self._skip(name, path)
                 return
             _name(exc, path)

@@ -360,14 +360,16 @@ def test_links_that_come_and_go_lead_nowhere(container: Container, tmp_path: Pat
     sh(container, "mkdir -p /tmp/t/d; echo fine >/tmp/t/d/file; mkdir /secret; echo secret >/secret/file")
     script = "cd /tmp/t; while :; do mv d ../e; ln -s /secret d; rm d; mv ../e d; done"
     with container.popen(["sh", "-c", script]) as swapper:
-        for number in range(30):
-            container.pull("/tmp/t", tmp_path / str(number), timeout=20)
-            place = tmp_path / str(number) / "d"
-            if place.is_symlink():
-                assert os.readlink(place) == "/secret"
-            elif (place / "file").exists():
-                assert (place / "file").read_text() == "fine\n"
-        swapper.kill_tree()
+        try:
+            for number in range(30):
+                container.pull("/tmp/t", tmp_path / str(number), timeout=20)
+                place = tmp_path / str(number) / "d"
+                if place.is_symlink():
+                    assert os.readlink(place) == "/secret"
+                elif (place / "file").exists():
+                    assert (place / "file").read_text() == "fine\n"
+        finally:
+            swapper.kill_tree()
 
 
 def test_a_push_is_not_led_elsewhere(container: Container, tree: Path) -> None:

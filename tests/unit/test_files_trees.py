@@ -261,6 +261,23 @@ def test_a_file_that_has_become_a_fifo_does_not_stop_it(tmp_path: Path, monkeypa
     assert watch.names == [bytes(root / "file")]
 
 
+def test_a_link_that_has_become_something_else_does_not_stop_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "link").symlink_to("anywhere")
+    (source / "file").write_text("fine", encoding="ascii")
+
+    def late(_name: bytes, **_kwargs: object) -> bytes:
+        raise OSError(errno.EINVAL, "Invalid argument")  # what readlink(2) says of a directory
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readlink", late)
+        data = sent(source)
+    assert os.listdir(receive(data, tmp_path / "copy")) == ["file"]
+
+
 def test_a_file_that_grows_is_cut_and_one_that_shrinks_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * CHUNK * 3)
