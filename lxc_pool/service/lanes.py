@@ -198,7 +198,10 @@ def _report(done: Callable[[Outcome], None], future: Future[Outcome]) -> None:
     if error is None:
         done(future.result())
     elif isinstance(error, BrokenProcessPool):
-        done(LaneBroken(f"the lane's worker died: {error}"))
+        # From another thread: this one may hold the executor's lock (Python 3.12.1 and later), and who is told replaces
+        # the lane, which takes that lock too.
+        broken = LaneBroken(f"the lane's worker died: {error}")
+        threading.Thread(target=done, args=(broken,), name="lane-broken", daemon=True).start()
     elif isinstance(error, LxcPoolError):
         done(error)
     else:
