@@ -595,7 +595,7 @@ def test_a_containers_death_ends_its_commands(own: ExecContainer) -> None:
     os.kill(own.init_pid, signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
     process.close()
-    with pytest.raises(ExecFailed, match="ended|entering the container"):
+    with pytest.raises(ExecFailed, match=r"ended|entering the container"):
         own.run(["true"])
 
 
