@@ -55,12 +55,7 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 
 def _get(arguments: argparse.Namespace) -> int:
-    owner = os.getsid(0) if arguments.owner is None else arguments.owner
-    if arguments.owner is None and owner == os.getpid():
-        raise ValueError(
-            "this process leads its session, so that its lease would end with it, now: name the process that is to "
-            "hold the lease with --owner PID"
-        )
+    owner = _session_leader() if arguments.owner is None else arguments.owner
     with PoolManager.connect(arguments.host_dir) as pool:
         identity = arguments.id or ContainerId.create("get")
         container = pool.get(identity, _timeout(arguments), profile=arguments.profile, owner=owner, ttl=arguments.ttl)
@@ -74,6 +69,22 @@ def _get(arguments: argparse.Namespace) -> int:
             print(container.name)
         print(f"leased to process {owner}; it is reaped when that ends", file=sys.stderr)
     return 0
+
+
+def _session_leader() -> int:
+    """Return the pid of the process that leads this session, if a lease can be its.
+
+    Raises:
+        ValueError: It can't.
+    """
+    leader = os.getsid(0)
+    if leader == os.getpid():
+        reason = "this process leads its session, so that its lease would end with it, now"
+    elif not leader or not os.path.exists(f"/proc/{leader}"):  # 0: it is in another pid namespace
+        reason = "the process that led this session has ended"
+    else:
+        return leader
+    raise ValueError(f"{reason}: name the process that is to hold the lease with --owner PID")
 
 
 def _release(arguments: argparse.Namespace) -> int:

@@ -14,11 +14,12 @@ Nothing may be imported any more: the path that modules are looked for in is the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from lxc_pool.execution import identity, trees
@@ -32,12 +33,13 @@ PARENTS, MERGE = "p", "m"
 GRACE = 2.0
 """Seconds that an operation has to remove what it has begun, once it is told to end by SIGTERM. Origin: a guess."""
 
+_WITHDRAWAL = (signal.SIGTERM,)
 _INPUT, _OUTPUT = 0, 1
 _BROKEN, _WITHDRAWN = 1, 2  # exit statuses, for people
 
 
 class _WithdrawnError(BaseException):
-    """SIGTERM has come: the client wants no more of it, or is gone."""
+    """SIGTERM has come: the client wants no more of it, or is gone. Raised only where we read and write."""
 
 
 class _Silent:
@@ -105,6 +107,7 @@ def _settle() -> None:
     sys.path_hooks.clear()
     for signum in (signal.SIGPIPE, signal.SIGXFSZ):  # as errors, please
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WITHDRAWAL)
     signal.signal(signal.SIGTERM, _withdraw)
 
 
@@ -113,14 +116,26 @@ def _withdraw(_signum: int, _frame: object) -> NoReturn:
     raise _WithdrawnError
 
 
+@contextlib.contextmanager
+def _withdrawable() -> Iterator[None]:
+    """Let SIGTERM in: everywhere else it could cut short the removal of what was begun."""
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WITHDRAWAL)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WITHDRAWAL)
+
+
 def _read(buffer: memoryview) -> int:
-    return os.readv(_INPUT, [buffer])
+    with _withdrawable():
+        return os.readv(_INPUT, [buffer])
 
 
 def _write(buffers: Sequence[bytes | bytearray | memoryview]) -> None:
     left = [memoryview(buffer) for buffer in buffers]
     while left:
-        written = os.writev(_OUTPUT, left)
+        with _withdrawable():
+            written = os.writev(_OUTPUT, left)
         while left and written >= len(left[0]):
             written -= len(left.pop(0))
         if left:

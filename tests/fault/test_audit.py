@@ -71,14 +71,18 @@ def snapshot(service: Service) -> object:
         sorted(service.cgroups()),
         sorted(map(str, service._lock_files())),
         sorted(holder for _path, holder in idranges.held() if str(service.containers) in holder),
-        sorted(pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if in_containers(service, pid)),
+        in_containers(service),
     )
 
 
-def in_containers(service: Service, pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return f"lxp-{service.instance}-" in Path(f"/proc/{pid}/cgroup").read_text()
-    return False
+def in_containers(service: Service) -> list[int]:
+    """Return the processes in cgroups of a service's containers."""
+    found = []
+    for pid in sorted(map(int, filter(str.isdecimal, os.listdir("/proc")))):
+        with contextlib.suppress(OSError):
+            if f"lxp-{service.instance}-" in Path(f"/proc/{pid}/cgroup").read_text():
+                found.append(pid)
+    return found
 
 
 @pytest.fixture
@@ -86,9 +90,11 @@ def killed(service: FaultyService) -> Iterator[tuple[FaultyService, Any]]:
     """A service that was killed, with one live lease and two warm containers."""
     pool = service.start(size=2)
     with pool.lease("live") as container:
-        container.run(["true"], check=True)
         pool.wait_ready()
+        idle = in_containers(service)
+        container.run(["true"], check=True)
         service.kill()
+        eventually(lambda: in_containers(service) == idle, "what had started commands has ended with the service")
         yield service, container
         if service.process is None and (service.state_dir / "instance").exists():
             service.start(size=2)

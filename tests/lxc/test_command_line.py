@@ -81,7 +81,7 @@ def test_an_administrator_resizes_drains_resumes_and_stops(service: Service) -> 
     assert (wrong.returncode, "0" in wrong.stderr) == (2, True)
     assert answer(service, "drain") == {"draining": True}
     assert service.cli("run", "--", "true").returncode == 125
-    refused = service.cli("get", "--timeout", "5")
+    refused = service.cli("get", "--timeout", "5", "--owner", str(os.getpid()))
     assert refused.returncode == 5
     assert "drained" in refused.stderr
     assert service.cli("status").stdout.startswith("drained, ")
@@ -184,9 +184,16 @@ def test_a_leased_container_is_used_by_name_until_it_is_released(
 def test_get_leases_to_this_sessions_leader_unless_told_otherwise(
     pool: PoolServiceProxy, shared_service: Service
 ) -> None:
-    document = answer(shared_service, "get")
-    assert (document["owner_pid"], document["state"]) == (os.getsid(0), "leased")
-    pool.container(document["name"]).release()
+    get = ["sh", "-c", '"$@"; echo; echo --; read _', "sh", *shared_service.command("get", "--json")]
+    with subprocess.Popen(
+        get, cwd=ROOT, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as leader:
+        assert leader.stdin is not None
+        assert leader.stdout is not None
+        document = json.loads("".join(iter(leader.stdout.readline, "--\n")))
+        assert (document["owner_pid"], document["state"]) == (leader.pid, "leased")
+        leader.stdin.close()
+    eventually(lambda: pool.status().leased == 0, "it was reaped with the session's leader")
 
 
 def test_get_says_when_nothing_came_free(service: Service, starter: Starter) -> None:

@@ -204,10 +204,11 @@ def test_get_leases_to_the_sessions_leader_unless_told_otherwise(service: Memory
     assert lease.owner_pid == os.getsid(0)
 
 
-def test_get_does_not_lease_to_itself_as_its_sessions_leader(
-    service: MemoryService, lxc_pool: Terminal, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("leader", [os.getpid(), 0, 2**22 + 1], ids=["itself", "elsewhere", "ended"])
+def test_get_does_not_lease_to_a_sessions_leader_that_can_not_hold_it(
+    service: MemoryService, lxc_pool: Terminal, monkeypatch: pytest.MonkeyPatch, leader: int
 ) -> None:
-    monkeypatch.setattr(os, "getsid", lambda _pid: os.getpid())
+    monkeypatch.setattr(os, "getsid", lambda _pid: leader)
     assert lxc_pool.run("get") == 2
     assert "--owner PID" in lxc_pool.err
     service.reaches(size=2)

@@ -7,6 +7,8 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ from lxc_pool.execution.protocol import (
     Started,
     decode_order,
 )
+from tests.support.waiting import eventually
 from tests.unit.test_files_format import frame, head
 
 ME = f"{os.geteuid()}:{os.getegid()}"
@@ -261,3 +264,23 @@ def test_an_operation_with_the_wrong_arguments_ends(supervisors: Supervisors, tr
         files.push(supervisors.launching(wrong), tree, tmp_path / "in")
     with pytest.raises(ExecFailed, match="status 1"):
         files.push(supervisors.launching(lambda _: operations.perform(["files-out"])), tree, tmp_path / "in")
+
+
+def test_sigterm_does_not_cut_short_the_removal_of_what_was_begun(tmp_path: Path) -> None:
+    """A killed client is both the end of the stream, which has it remove what it made, and a SIGTERM."""
+    code = "import sys; from lxc_pool.execution import operations; sys.exit(operations.perform(sys.argv[1:]))"
+    arguments = ["files-in", str(tmp_path), "in", "", ME]
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        count = 5000
+        process.stdin.write(frame(DIRECTORY, head(mode=0o755)))
+        for number in range(count):
+            process.stdin.write(frame(FILE, head(b"%d" % number)) + frame(END))
+        process.stdin.flush()
+        eventually(lambda: os.listdir(tmp_path), "it has begun")
+        (begun,) = tmp_path.iterdir()
+        eventually(lambda: len(os.listdir(begun)) == count, "all came")
+        process.stdin.close()
+        eventually(lambda: not begun.exists() or len(os.listdir(begun)) < count, "it removes them")
+        process.terminate()
+    assert os.listdir(tmp_path) == []
