@@ -12,7 +12,6 @@ The lock guards decisions only: no engine is called, no process is started or wa
 from __future__ import annotations
 
 import functools
-import logging
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -21,21 +20,20 @@ from lxc_pool.config import Config, check_size
 from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, State
-from lxc_pool.service import trail
+from lxc_pool.service.adoption import Adoption
 from lxc_pool.service.census import Census, WarmWait, WarmWaits
+from lxc_pool.service.handoff import Handoff
 from lxc_pool.service.lanes import Lane
 from lxc_pool.service.leases import Leases, Quota
-from lxc_pool.service.ledger import Entry, Journal
-from lxc_pool.service.lifecycle import Lease, Member, Reason
+from lxc_pool.service.ledger import Journal
+from lxc_pool.service.lifecycle import Lease, Reason
 from lxc_pool.service.owners import Owners
+from lxc_pool.service.reaper import Reaper
 from lxc_pool.service.recovery import Verdict
-from lxc_pool.service.shelf import Shelf
 from lxc_pool.service.stock import Stock
 from lxc_pool.service.upkeep import Upkeep
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watch, Watched
-
-log = logging.getLogger(__name__)
 
 
 class Pool:
@@ -75,6 +73,21 @@ class Pool:
         self._watch = watch
         rng = rng or random.Random()  # noqa: S311  # for jitter
         self._stock = Stock(config.profiles, journal, rng, wake)
+        self._lock = self._stock.lock
+        self._leases = Leases(self._stock)
+        self._owners = Owners(self._lock, watch, self._owner_died)
+        self._warm_waits = WarmWaits(self._stock)
+        self._reaper = Reaper(self._stock, self._leases, watch)
+        self._handoff = Handoff(self._stock, self._leases, self._reaper, self._warm_waits.look)
+        self._adoption = Adoption(
+            self._stock,
+            self._leases,
+            self._owners,
+            self._reaper,
+            watch,
+            arm_expiry=self._arm_expiry,
+            init_died=self._init_died,
+        )
         self._upkeep = Upkeep(
             config,
             self._stock,
@@ -82,15 +95,10 @@ class Pool:
             watch,
             new_name=new_name,
             obstacle=obstacle,
-            came_up=self._put_on_shelf,
-            failed=functools.partial(self._reap, reason=Reason.START_FAILED),
+            came_up=self._handoff.put,
+            failed=functools.partial(self._reaper.reap, reason=Reason.START_FAILED),
             init_died=self._init_died,
         )
-        self._lock = self._stock.lock
-        self._waiting: dict[tuple[int, str], Ticket] = {}
-        self._leases = Leases(self._stock)
-        self._owners = Owners(self._lock, watch, self._owner_died)
-        self._warm_waits = WarmWaits(self._stock)
 
     # --- what callers ask ---------------------------------------------------------------------------------------------
 
@@ -118,17 +126,7 @@ class Pool:
                 raise PoolClosed("the service is ending: it hands out no more containers")
             if self._stock.draining:
                 raise PoolDraining("the pool is drained; an administrator can `lxc-pool resume` it")
-            if (earlier := self._waiting.get((ticket.uid, ticket.request))) is not None:
-                # The client has lost the connection that it waited on, before we noticed.
-                self._leave_queue(earlier)
-                self._answer(earlier, PoolClosed("the same request came again, on a newer connection"))
-            if quota is not None:
-                waiting = sum(uid == ticket.uid for uid, _request in self._waiting)
-                self._leases.require_room(ticket.uid, waiting, quota)
-            shelf = self._stock.shelves[ticket.profile]
-            shelf.waiters.push(ticket)
-            self._waiting[ticket.uid, ticket.request] = ticket
-            self._serve(shelf)
+            self._handoff.join(ticket, quota)
             if not ticket.answered:
                 self._stock.wake()
 
@@ -140,7 +138,7 @@ class Pool:
         with self._lock:
             shelf = self._stock.shelves[ticket.profile]
             place, queue = shelf.waiters.position(ticket), len(shelf.waiters)
-            self._leave_queue(ticket)
+            self._handoff.leave(ticket)
             counts = shelf.counts
             words = ", ".join(f"{counts[state]} {state}" for state in State if counts[state] or state is State.WARM)
             backoff = shelf.backoff.remaining(self._watch.now())
@@ -166,14 +164,14 @@ class Pool:
                 return None
             if member.state is State.RESERVED:
                 if member.lease.owner is None or not self._owners.are_watched(member.lease.owner):
-                    self._take_back(member)  # the owner died since it asked
+                    self._handoff.take_back(member)  # the owner died since it asked
                     return None
                 if member.lease.ttl is not None:
                     member.lease.expires = self._watch.now() + member.lease.ttl
                 try:
                     self._stock.move(member, State.LEASED)
                 except BackendError:
-                    self._take_back(member)
+                    self._handoff.take_back(member)
                     raise
                 member.session = None
                 self._arm_expiry(member.name, member.lease)
@@ -184,7 +182,7 @@ class Pool:
         with self._lock:
             member = self._leases.of_request(uid, request)
             if member is not None and member.state is State.RESERVED and member.session is session:
-                self._take_back(member)
+                self._handoff.take_back(member)
 
     def abandon(self, uid: int, request: str) -> None:
         """Undo whatever *request* got: its reservation, or its lease."""
@@ -193,9 +191,9 @@ class Pool:
             if member is None:
                 return
             if member.state is State.RESERVED:
-                self._take_back(member)
+                self._handoff.take_back(member)
             else:
-                self._reap(member, Reason.RELEASED)
+                self._reaper.reap(member, Reason.RELEASED)
 
     def set_ttl(self, name: str, uid: int | None, ttl: float, *, drop_owner: bool = False) -> None:
         """Let a lease end *ttl* seconds from now; with *drop_owner*, it no longer ends with its owner.
@@ -236,7 +234,7 @@ class Pool:
                 member = self._leases.find(name, uid)[0]
             except LeaseExpired:
                 return
-            self._reap(member, Reason.RELEASED)
+            self._reaper.reap(member, Reason.RELEASED)
 
     def leased(self, name: str, uid: int | None) -> ContainerInfo:
         """Return what is to be known of a leased container. *uid* as for `set_ttl`.
@@ -296,8 +294,8 @@ class Pool:
         with self._lock:
             shelf = self._stock.default_shelf
             shelf.capacity = size
-            while shelf.warm and shelf.stock > size:
-                self._reap(shelf.warm[-1], Reason.SURPLUS)
+            while shelf.has_warm and shelf.stock > size:
+                self._reaper.reap(shelf.spare(), Reason.SURPLUS)
             self._warm_waits.look()
             self._stock.wake()
 
@@ -305,10 +303,8 @@ class Pool:
         """Discard warm containers, send waiters away, hand out nothing until `resume`."""
         with self._lock:
             self._stock.draining = True
-            self._turn_away(PoolDraining("the pool has been drained by an administrator"))
-            for shelf in self._stock.shelves.values():
-                while shelf.warm:
-                    self._reap(shelf.warm[-1], Reason.DRAINED)
+            self._handoff.turn_away_all(PoolDraining("the pool has been drained by an administrator"))
+            self._reaper.clear(Reason.DRAINED)
 
     def resume(self) -> None:
         """Hand out containers again."""
@@ -322,10 +318,8 @@ class Pool:
         """Send all waiters away and discard what is warm; leases go on."""
         with self._lock:
             self._stock.closed = True
-            self._turn_away(PoolClosed("the service is ending"))
-            for shelf in self._stock.shelves.values():
-                while shelf.warm:
-                    self._reap(shelf.warm[-1], Reason.CLOSED)
+            self._handoff.turn_away_all(PoolClosed("the service is ending"))
+            self._reaper.clear(Reason.CLOSED)
             for member in list(self._stock.members.values()):
                 if member.state is State.STUCK:
                     self._stock.move(member, State.REAPING)
@@ -336,7 +330,7 @@ class Pool:
         with self._lock:
             for member in list(self._stock.members.values()):
                 if member.state in (State.LEASED, State.RESERVED):
-                    self._reap(member, Reason.CLOSED)
+                    self._reaper.reap(member, Reason.CLOSED)
 
     def wait_until(self, *states: State, timeout: float | None, unless: Callable[[], bool] = lambda: False) -> bool:
         """Wait until no container is in one of *states*; return whether that came true within *timeout* seconds.
@@ -378,64 +372,20 @@ class Pool:
 
     def restore(self, verdicts: Sequence[Verdict]) -> None:
         """Take over what an earlier service left; before anything else is asked of the pool."""
-        for verdict in verdicts:
-            member = verdict.member
-            self._stock.add_shelf(verdict.profile)
-            with self._lock:
-                self._stock.add(member)
-                if member.lease is not None:
-                    self._leases.enter(member, member.lease)
-                    self._arm_expiry(member.name, member.lease)
-                elif member.state is State.WARM:
-                    self._stock.shelf_of(member).warm.append(member)
-                if verdict.reason is not None:
-                    if verdict.entry.lease is not None:
-                        self._leases.remember(member.name, verdict.entry.lease.uid, verdict.reason)
-                    member.retries = 1  # what state it is in is not known: remove it by force
-                    self._reap(member, verdict.reason)
-            if verdict.reason is None:
-                self._watch_again(member, verdict.entry)
-
-    def _watch_again(self, member: Member, entry: Entry) -> None:
-        """Watch the processes of a container that an earlier service left; reap it if one of them has ended.
-
-        It is in the pool already: one that ends from now on finds what ends with it.
-        """
-        init, reason = None, None
-        try:
-            if member.lease is not None and member.lease.owner is not None:
-                self._owners.hold(member.lease.owner)
-        except ValueError:
-            reason = Reason.OWNER_DIED
-        try:
-            if entry.init is not None:
-                init = self._watch.watch(entry.init, functools.partial(self._init_died, member.name))
-        except ProcessLookupError:
-            reason = reason or Reason.UNHEALTHY
-        with self._lock:
-            if member.state is State.REAPING:  # meanwhile
-                if init is not None:
-                    self._watch.forget(init)
-                return
-            member.init = init
-            if init is None or reason is not None:
-                member.retries = 1  # as above
-                self._reap(member, reason or Reason.ORPHAN)
+        self._adoption.take_over(verdicts)
 
     # --- deaths and times ---------------------------------------------------------------------------------------------
 
     def _owner_died(self, owner: ProcessIdentity) -> None:
         """End what an owner had; with the lock held."""
-        for ticket in [ticket for ticket in self._waiting.values() if ticket.owner == owner]:
-            self._leave_queue(ticket)
-            self._answer(ticket, ValueError(f"owner {owner.pid} has ended"))
+        self._handoff.owner_died(owner)
         for member, lease in self._leases:
             if lease.owner != owner:
                 continue
             if member.state is State.LEASED:
-                self._reap(member, Reason.OWNER_DIED)
+                self._reaper.reap(member, Reason.OWNER_DIED)
             elif member.state is State.RESERVED:
-                self._take_back(member)  # now, and not when it has not confirmed in time
+                self._handoff.take_back(member)  # now, and not when it has not confirmed in time
 
     def _init_died(self, name: str) -> None:
         with self._lock:
@@ -443,100 +393,14 @@ class Pool:
             if member is not None and member.state is State.BUILDING:
                 member.lost = True  # it is watched already, but not in the pool yet: see Upkeep
             elif member is not None and member.state in (State.WARM, State.RESERVED, State.LEASED):
-                self._reap(member, Reason.UNHEALTHY)
+                self._reaper.reap(member, Reason.UNHEALTHY)
 
     def _expired(self, name: str, lease: Lease) -> None:
         with self._lock:
             member = self._stock.members.get(name)
             if member is not None and member.state is State.LEASED and member.lease is lease:
-                self._reap(member, Reason.EXPIRED)
-
-    # --- with the lock held -------------------------------------------------------------------------------------------
-
-    def _serve(self, shelf: Shelf) -> None:
-        """Offer warm containers to those who wait."""
-        while shelf.warm and shelf.waiters:
-            ticket, member = shelf.waiters.pop(), shelf.warm.popleft()
-            self._stock.move(member, State.RESERVED)
-            member.session = ticket.session
-            self._leases.enter(member, Lease(ticket.request, ticket.id, ticket.uid, ticket.owner, ticket.ttl))
-            ticket.offer = member
-            self._answer(ticket)
-
-    def _take_back(self, member: Member) -> None:
-        """Put a reserved container back: nobody has used it."""
-        self._leases.strike_out(member)
-        member.session = None
-        self._put_on_shelf(member)
-
-    def _put_on_shelf(self, member: Member) -> None:
-        """Let a container be warm, and be handed out if somebody waits; or be reaped if there is no use for it."""
-        shelf = self._stock.shelf_of(member)
-        if self._stock.closed or self._stock.draining:
-            self._reap(member, Reason.CLOSED if self._stock.closed else Reason.DRAINED)
-            return
-        if shelf.stock > shelf.capacity:
-            self._reap(member, Reason.SURPLUS)
-            return
-        came_back = member.state is State.RESERVED
-        self._stock.move(member, State.WARM)
-        if came_back:
-            shelf.warm.appendleft(member)  # it is the oldest
-        else:
-            shelf.warm.append(member)
-        if not shelf.filled:
-            size = shelf.counts[State.WARM]
-            log.info("%d of %d containers of profile %r are warm", size, shelf.capacity, member.profile)
-            shelf.filled = size >= shelf.capacity
-        self._serve(shelf)
-        self._warm_waits.look()
-
-    def _reap(self, member: Member, reason: Reason) -> None:
-        """Let a container be removed, from whatever state it is in."""
-        if member.state is State.REAPING or member.state is State.STUCK:
-            return
-        shelf = self._stock.shelf_of(member)
-        if member.state is State.WARM:
-            shelf.warm.remove(member)
-        if member.state is State.LEASED and member.lease is not None:
-            self._leases.remember(member.name, member.lease.uid, reason)
-            self._record_end(member, member.lease, reason)
-        else:
-            trail.record("reap", name=member.name, reason=reason, was=member.state, profile=member.profile)
-        self._leases.strike_out(member)
-        if member.init is not None:
-            self._watch.forget(member.init)
-            member.init = None
-        member.reason = reason
-        self._stock.move(member, State.REAPING)
-
-    def _record_end(self, member: Member, lease: Lease, reason: Reason) -> None:
-        trail.record(
-            "end",
-            name=member.name,
-            reason=reason,
-            id=lease.id,
-            uid=lease.uid,
-            owner=lease.owner.pid if lease.owner else None,
-            seconds=self._watch.now() - member.since,
-        )
+                self._reaper.reap(member, Reason.EXPIRED)
 
     def _arm_expiry(self, name: str, lease: Lease) -> None:
         if lease.expires is not None:
             lease.expiry = self._watch.call_at(lease.expires, functools.partial(self._expired, name, lease))
-
-    def _turn_away(self, error: Exception) -> None:
-        for shelf in self._stock.shelves.values():
-            while shelf.waiters:
-                self._answer(shelf.waiters.pop(), error)
-
-    def _answer(self, ticket: Ticket, error: Exception | None = None) -> None:
-        """Tell a ticket that has left the queue what it got."""
-        self._waiting.pop((ticket.uid, ticket.request), None)
-        ticket.error = error
-        ticket.notify()
-
-    def _leave_queue(self, ticket: Ticket) -> None:
-        self._stock.shelves[ticket.profile].waiters.remove(ticket)
-        if self._waiting.get((ticket.uid, ticket.request)) is ticket:
-            del self._waiting[ticket.uid, ticket.request]

@@ -18,7 +18,6 @@ class Shelf:
 
     Attributes:
         capacity: Warm containers to keep.
-        warm: Those that are, oldest first.
         counts: Containers by state.
         image: What new ones are cloned from; None until it has been prepared.
         preparing: Whether a lane is preparing the image.
@@ -28,13 +27,37 @@ class Shelf:
     def __init__(self, profile: ProfileConfig, rng: random.Random) -> None:
         self.profile = profile
         self.capacity = profile.size
-        self.warm: deque[Member] = deque()
+        self._warm: deque[Member] = deque()
         self.waiters = WaitQueue()
         self.counts: Counter[State] = Counter()
         self.backoff = Backoff(rng)
         self.image: Image | None = None
         self.preparing = False
         self.filled = False
+
+    @property
+    def has_warm(self) -> bool:
+        """Whether a container is warm."""
+        return bool(self._warm)
+
+    def put(self, member: Member, *, first: bool = False) -> None:
+        """Take in a warm container: behind the others, or *first* of all."""
+        if first:
+            self._warm.appendleft(member)
+        else:
+            self._warm.append(member)
+
+    def take(self) -> Member:
+        """Take the warm container that is to be handed out next: the oldest."""
+        return self._warm.popleft()
+
+    def spare(self) -> Member:
+        """Return the warm container that is to go first if one has to: the newest."""
+        return self._warm[-1]
+
+    def remove(self, member: Member) -> None:
+        """Take a warm container off the shelf."""
+        self._warm.remove(member)
 
     def wants_image(self, now: float) -> bool:
         """Whether a lane should prepare the image."""
