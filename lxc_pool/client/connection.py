@@ -181,6 +181,7 @@ def _reach(sock: socket.socket, path: Path, deadline: float) -> None:
         ) from error
     except BlockingIOError as error:
         raise ConnectionRefusedError("the service is too busy to accept connections") from error
+    sock.settimeout(None)
 
 
 def _check_server(sock: socket.socket, path: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import managers
 from pathlib import Path
@@ -249,7 +248,7 @@ class PoolServiceProxy(managers.BaseProxy):
             raise TypeError(f"profile must be a str, not {profile!r}")
         if owner is not None and (isinstance(owner, bool) or not isinstance(owner, int)):
             raise TypeError(f"owner must be a pid or None, not {owner!r}")
-        wish = messages.Get(uuid.uuid4().hex, identity, timeout, profile, owner, ttl)
+        wish = messages.Get(os.urandom(16).hex(), identity, timeout, profile, owner, ttl)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             return self._get_and_confirm(wish, deadline)

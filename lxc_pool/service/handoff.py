@@ -45,9 +45,11 @@ class Handoff:
             waiting = sum(uid == ticket.uid for uid, _request in self._waiting)
             self._leases.require_room(ticket.uid, waiting, quota)
         shelf = self._stock.shelves[ticket.profile]
+        if shelf.has_warm:  # then nobody waits
+            self._offer(shelf, ticket)
+            return
         shelf.waiters.push(ticket)
         self._waiting[ticket.uid, ticket.request] = ticket
-        self._serve(shelf)
 
     def leave(self, ticket: Ticket) -> None:
         """Take a ticket out of the queue; not an error if it is not there."""
@@ -102,12 +104,17 @@ class Handoff:
     def _serve(self, shelf: Shelf) -> None:
         """Offer warm containers to those who wait."""
         while shelf.has_warm and shelf.waiters:
-            ticket, member = shelf.waiters.pop(), shelf.take()
-            self._stock.move(member, State.RESERVED)
-            member.session = ticket.session
-            self._leases.enter(member, Lease(ticket.request, ticket.id, ticket.uid, ticket.owner, ticket.ttl))
-            ticket.offer = member
+            ticket = shelf.waiters.pop()
+            self._offer(shelf, ticket)
             self._answer(ticket)
+
+    def _offer(self, shelf: Shelf, ticket: Ticket) -> None:
+        """Reserve the container that is next for a ticket."""
+        member = shelf.take()
+        self._stock.move(member, State.RESERVED)
+        member.session = ticket.session
+        self._leases.enter(member, Lease(ticket.request, ticket.id, ticket.uid, ticket.owner, ticket.ttl))
+        ticket.offer = member
 
     def _answer(self, ticket: Ticket, error: Exception | None = None) -> None:
         """Tell a ticket that has left the queue what it got."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
 import socket
 import struct
 import time
@@ -26,8 +27,11 @@ LARGE_MESSAGE = 64 * 1024
 _UCRED = struct.Struct("3i")
 """pid, uid, gid. Source: unix(7), SO_PEERCRED."""
 
-_LONGEST_WAIT = 1e6
-"""Seconds of one wait at most: a timeout is kept in 32 bits of milliseconds. Source: CPython socketmodule.c."""
+_LONGEST_WAIT = 86400.0
+"""Seconds of one wait at most: poll(2) counts milliseconds in 32 bits."""
+
+_SEND = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+"""A program that uses us may have given SIGPIPE back its deadly default."""
 
 _HEADER = struct.Struct("!i")
 _CHUNK = 16 * 1024
@@ -50,6 +54,9 @@ def credentials(sock: socket.socket) -> tuple[int, int, int]:
 class Channel:
     """One end of a connection. Not thread-safe: each thread has its own.
 
+    The socket stays a blocking one, and what may not block says so: a timeout of Python's would be set anew, and
+    polled for, before every system call, which together is a tenth of a warm `get`.
+
     Attributes:
         deadline: Monotonic time by which the operation under way must be through; None: no limit.
             `TimeoutError` is raised past it, and the channel is of no more use then.
@@ -59,7 +66,10 @@ class Channel:
     def __init__(self, sock: socket.socket, *, accept_descriptors: bool = False) -> None:
         self.deadline: float | None = None
         self.before_large: Callable[[], object] = lambda: None
+        sock.settimeout(None)
         self._socket = sock
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self._accept_descriptors = accept_descriptors
         self._received = bytearray()
         self._descriptors: list[int] = []
@@ -93,13 +103,19 @@ class Channel:
         """
         if len(body) > MAX_MESSAGE:
             raise ValueError(f"a message of {len(body)} bytes is larger than the {MAX_MESSAGE} that one may have")
-        frame = _HEADER.pack(len(body)) + body
-        self._set_timeout()
-        if descriptors:
-            sent = socket.send_fds(self._socket, [frame], list(descriptors))
-            frame = frame[sent:]
-        if frame:
-            self._socket.sendall(frame)
+        frame = memoryview(_HEADER.pack(len(body)) + body)
+        self._check_deadline()
+        while frame:
+            try:
+                if descriptors:
+                    sent = socket.send_fds(self._socket, [frame], list(descriptors), _SEND)
+                    descriptors = ()
+                else:
+                    sent = self._socket.send(frame, _SEND)
+            except BlockingIOError:
+                self._await_writable()
+            else:
+                frame = frame[sent:]
 
     def recv_bytes(self, maxlength: int | None = None, *, rest_within: float | None = None) -> bytes:
         """Receive one message.
@@ -151,7 +167,7 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _receive(self) -> None:
-        self._set_timeout()
+        self._await_readable()
         if self._accept_descriptors:
             chunk, ancillary, _flags, _address = self._socket.recvmsg(_CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
             for level, kind, data in ancillary:
@@ -169,12 +185,23 @@ class Channel:
             raise EOFError("the peer closed the connection")
         self._received += chunk
 
-    def _set_timeout(self) -> None:
-        if self.deadline is None:
-            if self._socket.gettimeout() is not None:
-                self._socket.settimeout(None)
-            return
-        remaining = self.deadline - time.monotonic()
-        if remaining <= 0:
+    def _await_readable(self) -> None:
+        """Wait for something to receive; without a deadline, receiving itself waits."""
+        while self.deadline is not None and not self._readable.poll(self._patience()):
+            pass
+
+    def _await_writable(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        while not poll.poll(self._patience()):
+            pass
+
+    def _patience(self) -> float:
+        """Return how many milliseconds to wait before the deadline is looked at again."""
+        self._check_deadline()
+        remaining = _LONGEST_WAIT if self.deadline is None else self.deadline - time.monotonic()
+        return max(0.0, min(remaining, _LONGEST_WAIT)) * 1000
+
+    def _check_deadline(self) -> None:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
             raise TimeoutError("the deadline has passed")
-        self._socket.settimeout(min(remaining, _LONGEST_WAIT))
