@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -32,6 +33,7 @@ class Caller:
         self.host_dir = host_dir
         # A deque, since its append and pop are atomic: a lock could be asked for again by a finalizer.
         self._idle: deque[Connection] = deque()
+        self._forsaken: deque[str] = deque()
 
     def ask(self, call: messages.Call, timeout: float | None = CALL_TIMEOUT, descriptors: Sequence[int] = ()) -> Any:
         """Make a call; on a lost connection, make it again on a new one.
@@ -84,7 +86,27 @@ class Caller:
                 return connection
             connection.close()
         until = time.monotonic() + CALL_TIMEOUT if deadline is None else deadline
-        return Connection.open(self.host_dir, until, again=again)
+        while True:
+            connection = Connection.open(self.host_dir, until, again=again)
+            if self._abandon_forsaken(connection, until):
+                return connection
+            connection.close()
+
+    def forsake(self, request: str) -> None:
+        """Have what *request* may have got given back by the next connection: the service went away over it."""
+        self._forsaken.append(request)
+
+    def _abandon_forsaken(self, connection: Connection, deadline: float) -> bool:
+        """Do that; return whether the connection is still of use."""
+        with contextlib.suppress(IndexError):
+            while True:
+                request = self._forsaken.popleft()
+                try:
+                    connection.call(messages.Abandon(request), deadline)
+                except LOST:
+                    self._forsaken.append(request)
+                    return False
+        return True
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection back that no answer is on its way on."""

@@ -252,6 +252,9 @@ class PoolServiceProxy(managers.BaseProxy):
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             return self._get_and_confirm(wish, deadline)
+        except ServiceUnavailable:
+            self._caller.forsake(wish.request)
+            raise
         except (LxcPoolError, TypeError, ValueError):
             raise
         except BaseException:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lxc_pool import Container, LeaseExpired, PoolServiceProxy, State, UnknownLease
+from lxc_pool import Container, LeaseExpired, PoolServiceProxy, ServiceUnavailable, State, UnknownLease
 from tests.support.faults import LEDGER_STEPS, FaultyService
 from tests.support.oracle import assert_healed
 from tests.support.reuse import occupied
@@ -98,6 +98,22 @@ def test_a_get_during_which_the_service_dies_ends_in_one_lease(world: World, ste
     assert leased(world) == {container.name}
     container.run(["true"], check=True)
     container.release()
+
+
+def test_a_get_that_is_given_up_as_the_service_dies_ends_in_no_lease(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lxc_pool.client.pool.GRACE", 0.1)
+    world.service.faults.plan("leased-after", "kill")
+    with world.service.connect() as pool:
+        with pytest.raises(ServiceUnavailable):
+            pool.get("x", 0)
+        world.service.wait()
+        world.service.launch(config=CONFIG)
+        world.service.await_ready()
+        assert len(leased(world)) == 1  # for all that the service knows, this process has it
+        pool.echo("x")
+        eventually(lambda: not leased(world), "it was given back")
 
 
 @steps("rewriting")
