@@ -24,7 +24,7 @@ needs_lxc = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("lxc-start") is
 
 ROOT = Path(__file__).resolve().parents[2]
 
-CLAIMS = {"handout": 2, "refill": 1, "run": 2, "reap": 2, "idle": 1, "memory": 1}
+CLAIMS = {"handout": 3, "refill": 1, "run": 2, "reap": 2, "idle": 1, "memory": 1}
 
 
 def command(directory: Path, *arguments: str) -> list[str]:

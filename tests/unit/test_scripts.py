@@ -153,7 +153,13 @@ def waiting_script(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A script in the middle of a step, which has said so."""
     # Not a bash's `wait`: a signal that comes just before it is lost.
     script = prelude(tmp_path) + """on_signal\nstep sh -c 'sh -c "echo \\$\\$; exec sleep 60"; :'\n"""
-    with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Whoever runs the tests may have it ignored (nohup), and a shell can't trap what was ignored as it began.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
         yield process
         process.kill()
 
