@@ -42,6 +42,10 @@ _CONNECT_TIMEOUT: Final = 1.0
 _REQUIRED_TIMEOUT: Final = 5.0
 """Seconds to wait for a service that has to be there. Origin: `PoolManager.connect`."""
 
+_CONSOLE_LINES: Final = 20
+_CONSOLE_LENGTH: Final = 4000
+"""Lines, and characters, of a failed test's container's console that are shown at most: a screenful, a guess."""
+
 _TITLE: Final = "lxc_pool container"
 _KEPT: Final = "lxc_pool_kept"
 """A failed report's attribute: the command that enters the container. A str, which xdist sends to its controller."""
@@ -102,7 +106,15 @@ class _Held:
             facts["kept"] = f"for up to {self.minutes:g} minutes from the failure on"
             facts["enter"] = self.command("exec", "--", "sh")
             facts["release"] = self.command("release")
-        return "".join(f"{key + ':':<9}{value}\n" for key, value in facts.items())
+        return "".join(f"{key + ':':<9}{value}\n" for key, value in facts.items()) + self._console()
+
+    def _console(self) -> str:
+        """Return what the container's console said last; empty if that can't be known any more."""
+        try:
+            said = "" if self.released else self.container.console_log(_CONSOLE_LINES)[-_CONSOLE_LENGTH:]
+        except LxcPoolError:  # the state says why
+            return ""
+        return said and f"the end of its console log:\n{said.rstrip()}\n"
 
     def command(self, verb: str, *arguments: str) -> str:
         """Return the shell's command that does something with the container."""

@@ -44,6 +44,7 @@ class MemoryBackend:
         running: The init of every container that is up.
         present: The names of all containers, up or not.
         history: Every step that was begun, with the container's or image's name.
+        consoles: What is in each container's console log, by its name.
         kept: What the last collection of images had to keep; None: there was none.
     """
 
@@ -52,6 +53,7 @@ class MemoryBackend:
         self.running: dict[str, ProcessIdentity] = {}
         self.present: set[str] = set()
         self.history: list[tuple[Step, str]] = []
+        self.consoles: dict[str, bytes] = {}
         self.kept: frozenset[str] | None = None
         self._sleep = sleep
         self._faults: dict[Step, deque[Fault]] = defaultdict(deque)
@@ -104,6 +106,10 @@ class MemoryBackend:
     def log_tail(self, name: str) -> str:
         """See `Backend.log_tail`."""
         return f"{name} in memory"
+
+    def console_log(self, name: str) -> bytes:
+        """See `Backend.console_log`."""
+        return self.consoles.get(name, b"")
 
     def names(self) -> tuple[str, ...]:
         """See `Backend.names`."""

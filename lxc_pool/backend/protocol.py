@@ -82,5 +82,11 @@ class Backend(Protocol):
     def log_tail(self, name: str) -> str:
         """Return the last of what the engine logged about a container, empty if nothing; as `newest`."""
 
+    def console_log(self, name: str) -> bytes:
+        """Return the last of what was written to a container's console, empty if nothing; as `newest`.
+
+        It is as the container wrote it: anything.
+        """
+
     def names(self) -> tuple[str, ...]:
         """Return the names of all containers, whole or not, that are there of this pool; as `newest`."""

@@ -1,4 +1,4 @@
-"""Commands about one container: run, get, exec, release."""
+"""Commands about one container: run, get, exec, logs, release."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("argv", nargs="+", metavar="CMD", help="the command, best after `--`")
     parser.set_defaults(function=_exec)
+    parser = commands.add_parser("logs", parents=[common], help="show what a leased container wrote to its console")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("-n", "--tail", type=_lines, metavar="N", help="the last N lines (default: all that is kept)")
+    parser.set_defaults(function=_logs)
     parser = commands.add_parser("release", parents=[common], help="end the lease of a container")
     parser.add_argument("name", metavar="NAME")
     parser.set_defaults(function=_release)
@@ -85,6 +89,23 @@ def _session_leader() -> int:
     else:
         return leader
     raise ValueError(f"{reason}: name the process that is to hold the lease with --owner PID")
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    with PoolManager.connect(arguments.host_dir) as pool:
+        text = pool.container(arguments.name).console_log(arguments.tail)
+    if arguments.json:
+        print_json({"name": arguments.name, "console": text})
+    else:
+        # A locale that lacks a character must not keep the rest from being seen.
+        print(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding), end="")
+    return 0
+
+
+def _lines(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"N must be a number of lines, 0 or more, not {text!r}")
+    return int(text)
 
 
 def _release(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from lxc_pool.client.caller import Caller, check_seconds
 from lxc_pool.errors import ExecFailed, LxcPoolError, UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.model import ContainerInfo, LeaseId, State
+from lxc_pool.plaintext import last_lines, plain
 from lxc_pool.wire import messages
 
 if TYPE_CHECKING:
@@ -86,6 +87,28 @@ class Container:
         """
         addresses: tuple[str, ...] = self._caller.ask(messages.Addresses(self.name))
         return addresses
+
+    def console_log(self, lines: int | None = None) -> str:
+        """Return what was last written to the container's console: by its init, mostly; see `lxc-pool logs`.
+
+        It is text to be shown: without escape sequences and control characters, lines ended by newlines, what is not
+        UTF-8 replaced. Of a console that says much, the oldest is lost: the service keeps at most 128 KiB, and begins
+        anew when they are full.
+
+        Args:
+            lines: How many of the last lines; None: all that is there.
+
+        Raises:
+            UnknownLease, LeaseExpired: The lease has ended, and the log is gone with the container.
+            TypeError, ValueError: *lines* is no number of lines.
+        """
+        if lines is not None and (isinstance(lines, bool) or not isinstance(lines, int)):
+            raise TypeError(f"lines must be an int or None, not {lines!r}")
+        if lines is not None and lines < 0:
+            raise ValueError(f"lines must be 0 or more, not {lines}")
+        content: bytes = self._caller.ask(messages.ConsoleLog(self.name))
+        text = plain(content.decode(errors="replace"))
+        return text if lines is None else last_lines(text, lines)
 
     def run(
         self,

@@ -27,6 +27,8 @@ _MASKED = (
     # They would hold apt's lock, or use the network, at a moment of their own choice.
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
+    # Nobody logs in on the console, which is there to be read.
+    "console-getty.service",
     # For disks, of which a container has none.
     "e2scrub_all.timer",
     "e2scrub_reap.service",

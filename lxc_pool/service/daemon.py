@@ -124,6 +124,7 @@ def serve(
             pool,
             launcher,
             socket_path=server.path,
+            console_log=backend.console_log,
             ledger_notice=lambda: ledger.notice,
             stop=_stopper(ending, server),
         )

@@ -61,6 +61,7 @@ class PoolService:
         launcher: Launcher,
         *,
         socket_path: str,
+        console_log: Callable[[str], bytes],
         ledger_notice: Callable[[], str | None],
         stop: Callable[[float, bool], None],
     ) -> None:
@@ -71,6 +72,7 @@ class PoolService:
             pool: What it serves.
             launcher: What starts commands.
             socket_path: Where it listens.
+            console_log: Returns the last of what was written to a container's console.
             ledger_notice: Returns what people should know of the ledger, if anything.
             stop: Called with grace and keep_leases to end the service; returns at once.
         """
@@ -82,6 +84,7 @@ class PoolService:
         self._pool = pool
         self._launcher = launcher
         self._socket_path = socket_path
+        self._console_log = console_log
         self._ledger_notice = ledger_notice
         self._stop = stop
         self._began = time.monotonic()
@@ -132,6 +135,8 @@ class PoolService:
                 return self._pool.leased(name, scope)
             case messages.Addresses(name):
                 return self._addresses(name, scope)
+            case messages.ConsoleLog(name):
+                return self._console_log(self._pool.leased(name, scope).name)
             case messages.Renew(name, ttl):
                 return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl))
             case messages.Keep(name, ttl):

@@ -116,6 +116,13 @@ class Addresses(Call, frozen=True, tag="addresses"):
     name: str
 
 
+class ConsoleLog(Call, frozen=True, tag="console_log"):
+    """Report the last of what was written to the console of the leased container *name*: any bytes."""
+
+    RESULT: ClassVar[Any] = bytes
+    name: str
+
+
 class Renew(Call, frozen=True, tag="renew"):
     """Let the lease of *name* end *ttl* seconds from now."""
 
@@ -163,7 +170,7 @@ class Shutdown(Call, frozen=True, tag="shutdown"):
     keep_leases: bool
 
 
-LeaseCall = Release | Inspect | Addresses | Renew | Keep | Execute
+LeaseCall = Release | Inspect | Addresses | ConsoleLog | Renew | Keep | Execute
 """What the holder of a lease asks."""
 
 AdminCall = Resize | Drain | Resume | Shutdown

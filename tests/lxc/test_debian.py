@@ -108,6 +108,18 @@ def test_what_is_logged_is_in_the_journal(container: Container) -> None:
     )
 
 
+def test_what_systemd_said_when_it_booted_is_on_the_console(container: Container) -> None:
+    said = container.console_log()
+    assert "Welcome to Debian GNU/Linux" in said
+    assert "Started cron.service" in said
+    assert "\x1b" not in said
+    sh(container, "! pgrep agetty")
+    # As a login does, before and afterwards, and all that nobody has read yet is lost then.
+    hang_up = "-p TTYPath=/dev/console -p TTYVHangup=yes -p TTYReset=yes -p StandardInput=tty -p StandardOutput=tty"
+    sh(container, f"systemd-run --quiet --wait {hang_up} true; echo and after a hangup >/dev/console")
+    eventually(lambda: container.console_log(1) == "and after a hangup\n", "the console goes on")
+
+
 def test_it_knows_its_name_and_nothing_of_the_hosts(container: Container) -> None:
     assert sh(container, "hostname; getent hosts $(hostname) >/dev/null && echo found") == f"{container.name}\nfound\n"
     assert sh(container, "cat /etc/resolv.conf; ls /etc/hostname 2>&1 | grep -c 'No such file'") == "1\n"

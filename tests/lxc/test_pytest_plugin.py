@@ -164,6 +164,8 @@ def test_a_failed_tests_container_can_be_entered(suite: Suite, options: tuple[st
     suite.write("""
         def test_bad(lxc_container):
             lxc_container.run(["sh", "-c", "echo what was wrong >/tmp/evidence"], check=True)
+            lxc_container.run(["sh", "-c", "echo '\033[1mpanic' >/dev/console"], check=True)
+            while "panic" not in lxc_container.console_log(): pass
             note("bad", name=lxc_container.name, pid_inside=lxc_container.init_pid)
             assert False
 
@@ -178,6 +180,7 @@ def test_a_failed_tests_container_can_be_entered(suite: Suite, options: tuple[st
         assert f"init:    pid {bad['pid_inside']} on the host" in output
         enter = f"lxc-pool --host-dir {suite.service.host_dir} exec {bad['name']} -- sh"
         assert f"enter:   {enter}" in output
+        assert "the end of its console log:\npanic\n" in output
         assert f"test_it.py::test_bad: {enter}" in output.partition("= kept containers =")[2]
         entered = suite.service.cli("exec", bad["name"], "--", "sh", stdin="cat /tmp/evidence\n")
         assert (entered.returncode, entered.stdout) == (0, "what was wrong\n")

@@ -64,5 +64,8 @@ class ProcessBackend:
     def log_tail(self, name: str) -> str:
         return f"{name} is a process"
 
+    def console_log(self, name: str) -> bytes:  # noqa: ARG002  # mere processes have none
+        return b""
+
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(path.name for path in self.directory.iterdir()))

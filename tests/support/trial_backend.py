@@ -67,3 +67,6 @@ class TrialBackend:
 
     def log_tail(self, name: str) -> str:
         return f"the last words of {name}"
+
+    def console_log(self, name: str) -> bytes:
+        raise NotImplementedError

@@ -118,6 +118,8 @@ def test_every_call_is_answered_with_what_it_asks_for(service: MemoryService) ->
     assert isinstance(inspected, ContainerInfo)
     assert inspected.init_pid == info.init_pid
     assert isinstance(say(channel, messages.Addresses(info.name)), tuple)
+    service.backend.consoles[info.name] = b"\x1b[1mhello\xff\r\n"
+    assert say(channel, messages.ConsoleLog(info.name)) == b"\x1b[1mhello\xff\r\n"
     listed = say(channel, messages.ListContainers())
     assert isinstance(listed, tuple)
     assert info.name in [each.name for each in listed]

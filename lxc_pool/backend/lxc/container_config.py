@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lxc_pool.backend.lxc import limits
+from lxc_pool.backend.lxc import console, limits
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.host import idranges
 
@@ -47,7 +47,7 @@ def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int |
         ("lxc.autodev", "1"),
         ("lxc.tty.max", "0"),
         ("lxc.pty.max", "1024"),
-        ("lxc.console.path", "none"),
+        *console.settings(directory),
         ("lxc.mount.entry", "tmpfs dev/shm tmpfs nosuid,nodev,create=dir,mode=1777 0 0"),
         ("lxc.seccomp.profile", str(seccomp)),
         ("lxc.log.file", str(directory / "lxc.log")),

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lxc_pool.backend.lxc import binding, container_config, limits, removal, rootfs
+from lxc_pool.backend.lxc import binding, console, container_config, limits, removal, rootfs
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
 from lxc_pool.host import cgroups, idranges, mounts
@@ -35,6 +35,9 @@ _EXEC_PAUSE = 0.0005
 
 _PROBE_PAUSE = 0.05
 """Seconds between two tries of a profile's probe. A guess: short beside the second that services take to come up."""
+
+_END_TIMEOUT = 2
+"""Seconds, in whole ones, for a monitor to end after its init; it takes a millisecond (measured)."""
 
 _ENVIRONMENT = {"PATH": "/nonexistent"}
 """Of lxc-start. With newuidmap on PATH liblxc uses it, which takes 1.8 times as long and knows /etc/subuid only."""
@@ -96,6 +99,37 @@ class LxcBackend:
         """See `Backend.create`."""
         directory = self.lxcpath / blueprint.name
         try:
+            return self._create(blueprint, directory)
+        except StartFailed as error:
+            if said := console.last_words(directory):
+                raise StartFailed(f"{error}; its console's last words: {said}") from error
+            raise
+
+    def destroy(self, name: str, *, force: bool) -> None:
+        """See `Backend.destroy`."""
+        removal.remove(name, self.lxcpath, force=force)
+
+    def newest(self, image_name: str) -> Image | None:
+        """See `Backend.newest`."""
+        return ImageStore(self._image_directory).newest(image_name)
+
+    def log_tail(self, name: str) -> str:
+        """See `Backend.log_tail`."""
+        return words(self.lxcpath / name, "")
+
+    def console_log(self, name: str) -> bytes:
+        """See `Backend.console_log`."""
+        return console.read(self.lxcpath / name)
+
+    def names(self) -> tuple[str, ...]:
+        """See `Backend.names`."""
+        with contextlib.suppress(FileNotFoundError):
+            return tuple(sorted(os.listdir(self.lxcpath)))
+        return ()
+
+    def _create(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
+        """Do what `create` does."""
+        try:
             first_id = self._clone(blueprint, directory)
             with rootfs.mounted(blueprint, directory, self._user_namespace(first_id), first_id or 0):
                 self._start(blueprint, directory)
@@ -114,24 +148,6 @@ class LxcBackend:
         if probe := blueprint.profile.probe or blueprint.image.probe:
             self._probe(blueprint, probe)
         return init
-
-    def destroy(self, name: str, *, force: bool) -> None:
-        """See `Backend.destroy`."""
-        removal.remove(name, self.lxcpath, force=force)
-
-    def newest(self, image_name: str) -> Image | None:
-        """See `Backend.newest`."""
-        return ImageStore(self._image_directory).newest(image_name)
-
-    def log_tail(self, name: str) -> str:
-        """See `Backend.log_tail`."""
-        return words(self.lxcpath / name, "")
-
-    def names(self) -> tuple[str, ...]:
-        """See `Backend.names`."""
-        with contextlib.suppress(FileNotFoundError):
-            return tuple(sorted(os.listdir(self.lxcpath)))
-        return ()
 
     def _clone(self, blueprint: Blueprint, directory: Path) -> int | None:
         """Make the container's directory; return the first of its ids, None if it is privileged."""
@@ -173,6 +189,7 @@ class LxcBackend:
         )
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status != 0:
+            self._await_end(blueprint)
             raise StartFailed(f"{blueprint.name} did not start: {words(directory, f'lxc-start ended with {status}')}")
 
     def _await_init(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
@@ -187,8 +204,13 @@ class LxcBackend:
                     )
                 time.sleep(_EXEC_PAUSE)  # there is no event for an exec; see _EXEC_PAUSE
         except ProcessLookupError as error:
+            self._await_end(blueprint)
             raise StartFailed(f"{blueprint.name} stopped at once: {words(directory, 'its init ended')}") from error
         return init
+
+    def _await_end(self, blueprint: Blueprint) -> None:
+        """Wait until the monitor of a container whose init has ended is done: it writes down the console's rest."""
+        binding.container(blueprint.name, self.lxcpath).wait("STOPPED", _END_TIMEOUT)
 
     def _probe(self, blueprint: Blueprint, command: Sequence[str]) -> None:
         """Run the profile's probe, or else the image's, until it succeeds.
