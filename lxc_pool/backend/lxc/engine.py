@@ -74,10 +74,12 @@ class LxcBackend:
         self._image_directory = state_dir / "images"
         self._id_base = id_base
         self._user_namespaces: dict[int, int] = {}
+        self._cgroup_trees: tuple[cgroups.Hierarchy, ...] | None = None
 
     def open(self) -> None:
         """See `Backend.open`: what is mounted for a start is seen by this worker and the containers alone."""
         mounts.enter_private_namespace()
+        self._cgroup_trees = cgroups.hierarchies()
 
     def prepare(self, image_name: str) -> Image:
         """See `Backend.prepare`."""
@@ -138,7 +140,7 @@ class LxcBackend:
                 raise ImageError(f"base image {blueprint.image.ref} is gone: {error}") from error
             raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
         init = self._await_init(blueprint, directory)
-        directories = cgroups.payload_cgroups(blueprint.name)
+        directories = cgroups.payload_cgroups(blueprint.name, self._cgroup_trees)
         if wrong := limits.problems(blueprint.profile, directories):
             raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
         try:

@@ -5,10 +5,10 @@ Source: Linux Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from lxc_pool.config import ProfileConfig
 
@@ -17,6 +17,12 @@ _PAGE = 4096
 _MOST_CGROUPS = 500
 """Cgroups below a container's own, those of its commands included. A guess: systemd makes some dozens. The memory
 controller can count 65 535 on the whole machine. Source: Linux mm/memcontrol.c, MEM_CGROUP_ID_MAX."""
+
+
+_LIMITS = ("pids.max", "memory.limit_in_bytes", "memory.max", "cpu.shares", "cpu.weight")
+_SWAP, _MEMORY_AND_SWAP = "memory.swap.max", "memory.memsw.limit_in_bytes"
+_COMMON = ("cgroup.", "tasks", "notify_on_release", "release_agent", "lxc_pool.")
+"""Beginnings of what is in every cgroup of version 1, whatever its hierarchy controls."""
 
 
 def shares(weight: int) -> int:
@@ -31,28 +37,23 @@ def problems(profile: ProfileConfig, directories: Iterable[Path]) -> list[str]:
         profile: What is wanted.
         directories: The container's cgroup in each hierarchy.
     """
+    memory = profile.memory - profile.memory % _PAGE
     wanted = {
-        "number of processes": (profile.pids, ("pids.max",)),
-        "memory": (profile.memory - profile.memory % _PAGE, ("memory.limit_in_bytes", "memory.max")),
-        "cpu weight": (None, ("cpu.shares", "cpu.weight")),
+        "number of processes": {"pids.max": profile.pids},
+        "memory": {"memory.limit_in_bytes": memory, "memory.max": memory},
+        "cpu weight": {"cpu.shares": shares(profile.cpu), "cpu.weight": profile.cpu},
     }
-    cpu = {"cpu.shares": shares(profile.cpu), "cpu.weight": profile.cpu}
     found: dict[str, str] = {}
     for directory in directories:
-        for _value, files in wanted.values():
-            for file in files:
-                try:
-                    found[file] = (directory / file).read_text(encoding="ascii").strip()
-                except OSError:  # another hierarchy's
-                    continue
+        for file in _hierarchy(directory).limits:
+            found[file] = (directory / file).read_text(encoding="ascii").strip()
     bad = []
-    for what, (value, files) in wanted.items():
-        here = [file for file in files if file in found]
-        expected = {file: str(cpu[file] if value is None else value) for file in here}
+    for what, values in wanted.items():
+        here = {file: value for file, value in values.items() if file in found}
         if not here:
-            bad.append(f"{what}: this host has no {' or '.join(files)} for it")
+            bad.append(f"{what}: this host has no {' or '.join(values)} for it")
         bad += [
-            f"{what}: {file} is {found[file]}, not {expected[file]}" for file in here if found[file] != expected[file]
+            f"{what}: {file} is {found[file]}, not {value}" for file, value in here.items() if found[file] != str(value)
         ]
     return bad
 
@@ -71,33 +72,50 @@ def seal(profile: ProfileConfig, directories: Iterable[Path]) -> None:
         OSError: The kernel refused.
     """
     for directory in directories:
-        version, controllers = _kind(directory)
-        if version == 2:
+        hierarchy = _hierarchy(directory)
+        if hierarchy.version == 2:
             (directory / "cgroup.max.descendants").write_text(str(_MOST_CGROUPS), encoding="ascii")
-        elif controllers:
+        elif hierarchy.has_controllers:
             # A directory without others in it has two links: then there is no need to look, which takes 0.1 ms.
             childless = directory.stat().st_nlink == 2
             for cgroup in (directory,) if childless else (parent for parent, _, _ in os.walk(directory)):
                 os.chown(cgroup, 0, 0)
-        # Not there on a host that does not count swap.
-        for file, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", profile.memory)):
-            with contextlib.suppress(FileNotFoundError):
-                _overwrite(directory / file, str(value))
+        for file in hierarchy.swap:
+            _overwrite(directory / file, str(0 if file == _SWAP else profile.memory))
 
 
-_kinds: dict[Path, tuple[int, bool]] = {}
-"""What `_kind` has found of each hierarchy: a host keeps its own, and to list a cgroup takes 0.1 ms."""
+class _Hierarchy(NamedTuple):
+    """What there is in a container's cgroup of one hierarchy.
+
+    Attributes:
+        version: Of cgroups.
+        has_controllers: Whether there are any of version 1.
+        limits: The files of the limits that can be read back there.
+        swap: Those that bound swap; none on a host that does not count it.
+    """
+
+    version: int
+    has_controllers: bool
+    limits: tuple[str, ...]
+    swap: tuple[str, ...]
 
 
-def _kind(cgroup: Path) -> tuple[int, bool]:
-    """Return the version of the hierarchy that a container's cgroup is in, and whether it has controllers of 1."""
-    known = _kinds.get(cgroup.parent)
+_hierarchies: dict[Path, _Hierarchy] = {}
+"""What `_hierarchy` has found: a host keeps its own, and to look at all of them takes 0.5 ms of a start."""
+
+
+def _hierarchy(cgroup: Path) -> _Hierarchy:
+    """Return what is known of the hierarchy that a container's cgroup is in."""
+    known = _hierarchies.get(cgroup.parent)
     if known is None:
         files = os.listdir(cgroup)
-        common = ("cgroup.", "tasks", "notify_on_release", "release_agent", "lxc_pool.")
         version = 2 if "cgroup.max.descendants" in files else 1
-        known = version, version == 1 and not all(file.startswith(common) for file in files)
-        _kinds[cgroup.parent] = known
+        known = _hierarchies[cgroup.parent] = _Hierarchy(
+            version,
+            version == 1 and not all(file.startswith(_COMMON) for file in files),
+            tuple(file for file in _LIMITS if file in files),
+            tuple(file for file in (_SWAP, _MEMORY_AND_SWAP) if file in files),
+        )
     return known
 
 
