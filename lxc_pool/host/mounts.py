@@ -49,9 +49,8 @@ def enter_private_namespace() -> None:
     _check(_libc.mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None), "mount")
 
 
-@contextmanager
-def idmapped(source: Path, target: Path, user_namespace: int) -> Iterator[None]:
-    """Have *source* at *target*, read-only and seen through the ids of a user namespace, for the time of a `with`.
+def mount_idmapped(source: Path, target: Path, user_namespace: int) -> None:
+    """Mount *source* at *target*, read-only and seen through the ids of a user namespace.
 
     Raises:
         OSError: The kernel or the file system can't (Linux 5.12, and 5.19 under an overlay).
@@ -65,20 +64,25 @@ def idmapped(source: Path, target: Path, user_namespace: int) -> Iterator[None]:
         _call(_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH, path=target)
     finally:
         os.close(tree)
-    try:
-        yield
-    finally:
-        unmount(target)
 
 
-@contextmanager
-def mounted(kind: str, target: Path, options: str, flags: int = 0) -> Iterator[None]:
-    """Have a new file system at *target* for the time of a `with`.
+def mount(kind: str, target: Path, options: str, flags: int = 0) -> None:
+    """Mount a new file system at *target*.
 
     Raises:
         OSError: The kernel refused.
     """
     _check(_libc.mount(kind.encode(), os.fsencode(target), kind.encode(), flags, options.encode()), f"{kind} {target}")
+
+
+@contextmanager
+def mounted(kind: str, target: Path, options: str) -> Iterator[None]:
+    """Have a new file system at *target*, and whatever is mounted in it meanwhile, for the time of a `with`.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    mount(kind, target, options)
     try:
         yield
     finally:
@@ -86,7 +90,7 @@ def mounted(kind: str, target: Path, options: str, flags: int = 0) -> Iterator[N
 
 
 def unmount(target: Path) -> None:
-    """Take the topmost mount off *target*; it goes once nobody uses it any more.
+    """Take the topmost mount off *target*, and what is mounted in it; they go once nobody uses them any more.
 
     Raises:
         OSError: There is none, or the kernel refused.

@@ -143,7 +143,7 @@ def test_what_is_mounted_in_a_containers_directory_does_not_hold_up_its_removal_
     (precious / "file").write_text("mine")
     pool = service.start(size=1)
     with pool.lease("x") as container:
-        target = service.containers / container.name / "upper"
+        target = service.containers / container.name / "disk"
         subprocess.run(["mount", "--bind", precious, target], check=True)
         try:
             if when == "before the service":  # so that its lanes have the mount in their own namespaces

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lxc_pool.backend.lxc import console, limits
+from lxc_pool.backend.lxc import console, limits, rootfs
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.host import idranges
 
@@ -41,7 +41,7 @@ def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int |
     """
     lines = [
         ("lxc.uts.name", blueprint.name),
-        ("lxc.rootfs.path", f"dir:{directory / 'rootfs'}"),
+        ("lxc.rootfs.path", f"dir:{rootfs.path(directory)}"),
         ("lxc.net.0.type", blueprint.profile.network),
         ("lxc.net.0.flags", "up"),
         ("lxc.autodev", "1"),

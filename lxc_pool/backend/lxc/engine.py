@@ -155,8 +155,7 @@ class LxcBackend:
         """Make the container's directory; return the first of its ids, None if it is privileged."""
         directory.mkdir(mode=0o700)
         first_id = None if blueprint.profile.privileged else idranges.take(str(directory), self._id_base)
-        for part in ("rootfs", "lower", "upper"):
-            (directory / part).mkdir(mode=0o755)
+        rootfs.make_mount_point(directory)
         if first_id is not None:
             # The container's root goes through to its rootfs; other users of the host do not.
             os.chown(directory, -1, first_id)

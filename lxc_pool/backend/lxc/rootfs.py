@@ -1,9 +1,13 @@
 """Put a container's root file system together: an overlay of a small tmpfs over the immutable image.
 
 ```
- rootfs  overlay ─┬─ upper   a tmpfs of the profile's `disk` bytes: what the container writes, gone with it
-                  └─ lower   the image, seen through the container's ids (an idmapped mount), never copied
+ DIRECTORY/disk    a tmpfs of the profile's `disk` bytes, gone with the container
+            ├─ delta, work    what the container writes
+            ├─ image          the image, seen through the container's ids (an idmapped mount), never copied
+            └─ rootfs         the overlay of delta over image
 ```
+
+They are mounted in each other, so that one umount(2) takes off all three: each would make the kernel wait a while.
 
 All of it is mounted here, by the host's root: an overlay mounted in a user namespace can't mark a directory as
 replaced, so that `rm -r /var/log; mkdir /var/log` fails there (measured, EIO). The container's mount namespace keeps
@@ -20,31 +24,43 @@ from pathlib import Path
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.host import mounts
 
+_DISK = "disk"
+
+
+def path(directory: Path) -> Path:
+    """Return where the root file system of the container in *directory* is, while it is `mounted`."""
+    return directory / _DISK / "rootfs"
+
+
+def make_mount_point(directory: Path) -> None:
+    """Make what `mounted` mounts on."""
+    (directory / _DISK).mkdir(mode=0o755)
+
 
 @contextlib.contextmanager
 def mounted(blueprint: Blueprint, directory: Path, user_namespace: int | None, owner: int) -> Iterator[None]:
-    """Have the root file system at *directory*/rootfs for the time of a `with`.
+    """Have the root file system at its `path` for the time of a `with`.
 
     Args:
         blueprint: What the container is made of.
-        directory: The container's, with `rootfs`, `lower` and `upper` in it.
+        directory: The container's, with the mount point in it.
         user_namespace: Through whose ids the image is seen; None: through the host's.
         owner: The host's id of the container's root.
 
     Raises:
         OSError: The kernel refused.
     """
-    upper, lower = directory / "upper", blueprint.image.rootfs
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mounts.mounted("tmpfs", upper, f"size={blueprint.profile.disk},mode=0755"))
+    disk, image = directory / _DISK, blueprint.image.rootfs
+    with mounts.mounted("tmpfs", disk, f"size={blueprint.profile.disk},mode=0755"):
+        for part in ("delta", "work", "image", "rootfs"):
+            (disk / part).mkdir(mode=0o755)
         for part in ("delta", "work"):
-            (upper / part).mkdir(mode=0o755)
-            os.chown(upper / part, owner, owner)
+            os.chown(disk / part, owner, owner)
         if user_namespace is not None:
-            lower = directory / "lower"
-            stack.enter_context(mounts.idmapped(blueprint.image.rootfs, lower, user_namespace))
-        options = f"lowerdir={lower},upperdir={upper}/delta,workdir={upper}/work"
+            image = disk / "image"
+            mounts.mount_idmapped(blueprint.image.rootfs, image, user_namespace)
+        options = f"lowerdir={image},upperdir={disk}/delta,workdir={disk}/work"
         # No devices: a node in an imported image would be the host's device. The container can't undo what was so when
         # its user namespace came; liblxc binds its own nodes over /dev.
-        stack.enter_context(mounts.mounted("overlay", directory / "rootfs", options, mounts.MS_NODEV))
+        mounts.mount("overlay", path(directory), options, mounts.MS_NODEV)
         yield
