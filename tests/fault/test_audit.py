@@ -123,6 +123,17 @@ def test_beside_a_busy_service_it_never_finds_anything_and_cleanup_does_no_harm(
     assert pool.status().error_count == 0, service.log
 
 
+@pytest.mark.parametrize(("seconds", "found"), [(0.2, 0), (60, 1)], ids=["ends", "stays"])
+def test_a_monitor_that_is_about_to_end_is_no_residue(service: FaultyService, seconds: float, found: int) -> None:
+    service.start(size=1)
+    title = f"[lxc monitor] {service.containers} lxp-{service.instance}-0-1"
+    with subprocess.Popen(["bash", "-c", f'exec -a "{title}" sleep {seconds}']) as process:
+        eventually(lambda: title in Path(f"/proc/{process.pid}/cmdline").read_text(), "it has that name")
+        findings = audit.audit(service.state_dir, service.host_dir).findings
+        process.kill()
+    assert [trace.kind for trace in findings] == ["process"] * found
+
+
 def test_after_a_kill_all_but_live_leases_is_residue_and_cleanup_removes_just_that(killed: Any) -> None:
     service, container = killed
     warm = {path.name for path in service.containers.iterdir()} - {container.name}
