@@ -13,9 +13,6 @@ from benchmarks.stats import Ratio, Summary
 FORMAT = 1
 """Of the JSON document; another number when a reader of this one could misread it."""
 
-BEGIN = "<!-- benchmarks: begin, written by `python -m benchmarks --write-docs` -->"
-END = "<!-- benchmarks: end -->"
-
 
 class Sense(enum.StrEnum):
     """Which side of its limit a measured value should be on."""
@@ -181,16 +178,22 @@ class Report:
         return rows
 
 
-def write_docs(path: Path, text: str) -> None:
-    """Put *text* between the two marks in the file *path*.
+def marks(name: str = "benchmarks") -> tuple[str, str]:
+    """Return the lines between which the program *name* writes its tables."""
+    return f"<!-- {name}: begin, written by `python -m {name} --write-docs` -->", f"<!-- {name}: end -->"
+
+
+def write_docs(path: Path, text: str, name: str = "benchmarks") -> None:
+    """Put *text* between the two marks of the program *name* in the file *path*.
 
     Raises:
         ValueError: It does not have the marks, once each and in order.
     """
-    before, begin, rest = path.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
-    _old, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in before:
-        raise ValueError(f"{path} needs the lines `{BEGIN}` and `{END}`, once each")
+    first, last = marks(name)
+    before, begin, rest = path.read_text(encoding="utf-8").partition(f"{first}\n")
+    _old, end, after = rest.partition(last)
+    if not begin or not end or first in after or last in before:
+        raise ValueError(f"{path} needs the lines `{first}` and `{last}`, once each")
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
     partial.rename(path)

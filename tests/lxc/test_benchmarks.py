@@ -24,6 +24,8 @@ needs_lxc = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("lxc-start") is
 
 ROOT = Path(__file__).resolve().parents[2]
 
+BEGIN, END = report.marks()
+
 CLAIMS = {"handout": 3, "refill": 1, "run": 2, "reap": 2, "idle": 1, "memory": 1}
 
 
@@ -139,7 +141,7 @@ def test_the_documentation_gets_the_new_tables_between_its_marks(tmp_path: Path)
         },
     )
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     report.write_docs(page, found.markdown())
     report.write_docs(page, found.markdown())
     text = page.read_text(encoding="utf-8")
@@ -152,12 +154,29 @@ def test_the_documentation_gets_the_new_tables_between_its_marks(tmp_path: Path)
 
 def test_a_page_without_the_marks_is_left_as_it_is(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"{report.END}\n{report.BEGIN}\n", encoding="utf-8")
+    page.write_text(f"{END}\n{BEGIN}\n", encoding="utf-8")
     with pytest.raises(ValueError, match="once each"):
         report.write_docs(page, "new")
-    assert page.read_text(encoding="utf-8") == f"{report.END}\n{report.BEGIN}\n"
+    assert page.read_text(encoding="utf-8") == f"{END}\n{BEGIN}\n"
 
 
 def test_the_documentation_has_the_marks() -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
+    for name in ("benchmarks", "benchmarks.before"):
+        assert [text.count(mark) for mark in report.marks(name)] == [1, 1]
+
+
+@needs_lxc
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an older revision is taken from git")
+def test_two_revisions_are_compared_in_turns(short_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    options = ["--revision", "HEAD", "--rounds", "2", "--directory", str(short_path), "--json", str(file)]
+    argv = [sys.executable, "-m", "benchmarks.before", *options]
+    done = subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]["before"]
+    assert [claim["limit"] for claim in found["claims"]] == [1.25, 1.2]
+    assert [figure["value"]["count"] for figure in found["figures"]] == [2] * 6
+    argv[argv.index("HEAD")] = "no-such-revision"
+    done = subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert (done.returncode, "no revision no-such-revision" in done.stderr) == (5, True)
