@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import re
 import tomllib
@@ -27,6 +28,19 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _LEAST_SIZE = 8 << 20
 """Bytes of memory or disk that a container can start with. A guess: a busybox one takes under 1 MiB of each."""
 
+REACHABLE = ("containers", "host", "metadata")
+"""What containers on a bridge reach only if their profile says so: others whose profile says so too, the host's own
+services, and the addresses where clouds tell a machine its credentials."""
+
+_LONGEST_PREFIX, _SHORTEST_PREFIX = 29, 22
+"""Of a subnet: at least five containers, and not more than a bridge has ports, 1024. Source: Linux
+net/bridge/br_private.h, BR_PORT_BITS."""
+
+_MOST_RESOLVERS = 3
+"""Source: resolv.conf(5), MAXNS."""
+
+_BRIDGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
+
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
@@ -41,6 +55,8 @@ class ProfileConfig:
         memory: Bytes that it may use.
         pids: Processes that it may have.
         cpu: Its share of the CPUs when they are busy, as cpu.weight: 1 to 10000, 100 is usual.
+        network: "empty": loopback alone; "bridge": an address of its own on the pool's bridge, see `NetworkConfig`.
+        reach: What of `REACHABLE` it reaches over the bridge.
         disk: Bytes that it may write to its root file system, which are kept in memory and count there too.
         allow: Users and, with `@` before them, groups that may have such containers; None: everybody who may use the
             service, but administrators alone if it is privileged.
@@ -60,11 +76,30 @@ class ProfileConfig:
     cpu: int = 100
     disk: int = 512 << 20
     allow: tuple[str, ...] | None = None
+    reach: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> str:
         """What a container of this profile is made by, beside the image's version: equal recipes, equal containers."""
         return repr(dataclasses.replace(self, name="", size=0, allow=None))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """The bridge that containers of profiles with `network = "bridge"` are on.
+
+    Attributes:
+        bridge: One that the host has; None: the service makes one of its own, and removes it.
+        subnet: Where containers' addresses are from; None: one that is free on this host.
+        nat: Whether what containers send to the outside comes from the host's address; None: on a bridge of the
+            service's own.
+        dns: The resolvers that containers are told; None: the host's.
+    """
+
+    bridge: str | None = None
+    subnet: ipaddress.IPv4Network | None = None
+    nat: bool | None = None
+    dns: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +138,12 @@ class Config:
     max_waiters: int = 100
     max_connections: int = 200
     max_calls: int = 2000
+    network: NetworkConfig = NetworkConfig()
+
+    @property
+    def wants_bridge(self) -> bool:
+        """Whether any profile's containers are on the bridge."""
+        return any(profile.network == "bridge" for profile in self.profiles)
 
     def profile(self, name: str) -> ProfileConfig:
         """Return the profile called *name*.
@@ -145,7 +186,7 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from error
     top = _Table(document, origin, "", text)
-    top.only("pool", "access", "profile")
+    top.only("pool", "access", "network", "profile")
     pool, access = top.table("pool"), top.table("access")
     pool.only(
         "size", "workers", "create_timeout", "image_timeout", "confirm_timeout", "min_free", "id_base", "max_keep"
@@ -170,6 +211,7 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
         max_waiters=access.integer("max_waiters", 100, 1, 1_000_000),
         max_connections=access.integer("max_connections", 200, 1, 1_000_000),
         max_calls=access.integer("max_calls", 2000, 1, 1_000_000),
+        network=_network(top.table("network")),
     )
 
 
@@ -184,6 +226,46 @@ def check_size(size: object) -> int:
     return size
 
 
+def _network(keys: _Table) -> NetworkConfig:
+    keys.only("bridge", "subnet", "nat", "dns")
+    bridge = keys.string("bridge", "") if "bridge" in keys.values else None
+    if bridge is not None and not _BRIDGE_NAME.fullmatch(bridge):
+        raise keys.error("bridge", f"must be the name of a bridge, at most 15 of A-Z a-z 0-9 _ . -, not {bridge!r}")
+    return NetworkConfig(
+        bridge=bridge,
+        subnet=_subnet(keys) if "subnet" in keys.values else None,
+        nat=keys.boolean("nat") if "nat" in keys.values else None,
+        dns=_resolvers(keys) if "dns" in keys.values else None,
+    )
+
+
+def _subnet(keys: _Table) -> ipaddress.IPv4Network:
+    text = keys.string("subnet", "")
+    try:
+        subnet = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise keys.error("subnet", f'must be like "10.1.2.0/24", not {text!r}: {error}') from error
+    if not _SHORTEST_PREFIX <= subnet.prefixlen <= _LONGEST_PREFIX:
+        raise keys.error("subnet", f"must be a /{_SHORTEST_PREFIX} to a /{_LONGEST_PREFIX}, not a /{subnet.prefixlen}")
+    if subnet.is_loopback or subnet.is_link_local or subnet.is_multicast or subnet.is_reserved:
+        raise keys.error("subnet", f"must be of a private range (10/8, 172.16/12, 192.168/16), not {text!r}")
+    return subnet
+
+
+def _resolvers(keys: _Table) -> tuple[str, ...]:
+    resolvers = keys.strings("dns")
+    if len(resolvers) > _MOST_RESOLVERS:
+        raise keys.error("dns", f"must be at most {_MOST_RESOLVERS} addresses, not {len(resolvers)}")
+    for text in resolvers:
+        try:
+            loopback = ipaddress.IPv4Address(text).is_loopback
+        except ValueError as error:
+            raise keys.error("dns", f"must be a list of IPv4 addresses, not {text!r}") from error
+        if loopback:
+            raise keys.error("dns", f"{text} would be the container itself: name a resolver that it can reach")
+    return resolvers
+
+
 def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[ProfileConfig, ...]:
     names = list(table.values) or ["default"]
     main = "default" if "default" in names else names[0]
@@ -194,7 +276,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
         keys = table.table(name)
         keys.only(
             *("image", "size", "network", "probe", "privileged", "no_new_privs"),
-            *("memory", "pids", "cpu", "disk", "allow"),
+            *("memory", "pids", "cpu", "disk", "allow", "reach"),
         )
         size = keys.integer("size", default_size if name == main else 1, 1, MAX_SIZE)
         profiles.append(
@@ -202,7 +284,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
                 name=name,
                 size=default_size if override and name == main else size,
                 image=keys.string("image", "busybox"),
-                network=keys.choice("network", "empty", ("empty",)),
+                network=keys.choice("network", "empty", ("empty", "bridge")),
                 probe=keys.strings("probe"),
                 privileged=keys.boolean("privileged"),
                 no_new_privs=keys.boolean("no_new_privs"),
@@ -211,9 +293,20 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
                 cpu=keys.integer("cpu", 100, 1, 10_000),
                 disk=keys.size("disk", 512 << 20),
                 allow=keys.strings("allow") if "allow" in keys.values else None,
+                reach=_reach(keys),
             )
         )
     return tuple(profiles)
+
+
+def _reach(keys: _Table) -> tuple[str, ...]:
+    reach = keys.strings("reach")
+    for what in reach:
+        if what not in REACHABLE:
+            raise keys.error("reach", f"must be some of {', '.join(REACHABLE)}, not {what!r}")
+    if reach and keys.values.get("network") != "bridge":
+        raise keys.error("reach", 'is for a profile with network = "bridge"')
+    return tuple(what for what in REACHABLE if what in reach)
 
 
 class _Table:

@@ -17,18 +17,43 @@ from lxc_pool.images.store import Image
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A container's place in the pool's network.
+
+    Attributes:
+        bridge: What it is connected to.
+        port: The name of the connection, on the bridge's side.
+        mac: Its hardware address.
+        address: Its IPv4 address, with the length of the network's prefix: `10.213.0.7/22`.
+        gateway: Where its default route leads.
+        resolvers: Whom it asks for names.
+        isolated: Whether it is kept from others on the bridge that are isolated, too.
+    """
+
+    bridge: str
+    port: str
+    mac: str
+    address: str
+    gateway: str
+    resolvers: tuple[str, ...]
+    isolated: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Blueprint:
     """What a container is to be made of.
 
     Attributes:
         name: The engine's name for it; the service's own, never a user's.
         deadline: Monotonic time by which it has to be up.
+        endpoint: Its place in the pool's network; None: it has none.
     """
 
     name: str
     profile: ProfileConfig
     image: Image
     deadline: float
+    endpoint: Endpoint | None = None
 
 
 class Backend(Protocol):

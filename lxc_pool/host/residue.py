@@ -6,6 +6,7 @@ Names carry the state dir's instance id, so that nothing of another service, or 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -15,7 +16,7 @@ from typing import Literal
 
 import psutil
 
-from lxc_pool.host import cgroups, idranges, locks
+from lxc_pool.host import bridge, cgroups, firewall, idranges, locks
 from lxc_pool.host.processes import ProcessIdentity, identify
 
 Kind = Literal["container", "process", "cgroup", "mount", "directory", "netdev", "lock", "socket"]
@@ -30,9 +31,9 @@ class Trace:
 
     Attributes:
         kind: What it is.
-        name: The container that it belongs to, or the socket's path.
+        name: The container that it belongs to; the device's or rules' own name; or the socket's path.
         detail: Where or what it is, for people.
-        age: Seconds since it came to be, as far as can be told.
+        age: Seconds since it came to be; 0 or infinite where that can't be told.
         process: For a process.
         path: For all else.
         holder: For a range of ids: who has it, as the file says; it may be another's the next moment.
@@ -83,6 +84,8 @@ def is_there(trace: Trace) -> bool:
         return any(str(trace.path) == mount for mount in mount_points())
     if trace.kind == "socket" and trace.path is not None and locks.is_held(trace.path.with_name("service.lock")):
         return False  # a service has begun meanwhile: it is that one's now
+    if trace.kind == "netdev":
+        return trace.name in (*bridge.devices(), *firewall.tables())
     if trace.holder is not None:
         return any((path, holder) == (trace.path, trace.holder) for path, holder in idranges.held())
     return trace.path is not None and os.path.lexists(trace.path)
@@ -155,9 +158,14 @@ def _directories(prefix: str, lxcpath: Path) -> Iterator[Trace]:
 
 
 def _netdevs(prefix: str) -> Iterator[Trace]:
-    for name in sorted(os.listdir("/sys/class/net")):
-        if name.startswith(prefix):
-            yield Trace("netdev", name, name, _age(Path("/sys/class/net") / name), path=Path("/sys/class/net") / name)
+    """Find the bridge, the ports on it, and the rules; how old they are, the kernel does not say."""
+    instance = prefix.removeprefix("lxp-").removesuffix("-")
+    for name in sorted(bridge.devices()):
+        if name.startswith(bridge.device_prefix(instance)):
+            what = "bridge" if name == bridge.device_prefix(instance) else "port of a container on a bridge"
+            yield Trace("netdev", name, f"{name}: {what}", math.inf)
+    for name in firewall.tables(instance):
+        yield Trace("netdev", name, f"{name}: tables of nftables, see `nft list table bridge {name}`", math.inf)
 
 
 def _locks(prefix: str, lxcpath: Path) -> Iterator[Trace]:

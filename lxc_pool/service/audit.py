@@ -10,14 +10,13 @@ import contextlib
 import dataclasses
 import errno
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lxc_pool.backend.lxc import removal
-from lxc_pool.errors import HostDirError, LxcPoolError
-from lxc_pool.host import locks, residue
+from lxc_pool.errors import BackendError, HostDirError, LxcPoolError
+from lxc_pool.host import bridge, firewall, locks, residue
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.host.residue import Trace
 from lxc_pool.model import State
@@ -68,7 +67,7 @@ def audit(state_dir: Path, host_dir: Path, *, everything: bool = False) -> Repor
     lxcpath = state_dir / "containers"
     found = residue.traces(name_prefix(instance), lxcpath, host_dir)
     running = running_service(state_dir)
-    owned = set() if everything else _owned(ledger.read(state_dir / "ledger.db"), running=running is not None)
+    owned = set() if everything else _owned(ledger.read(state_dir / "ledger.db"), instance, running=running is not None)
     findings = [trace for trace in found if trace.name not in owned and residue.is_there(trace)]
     if running is not None:
         findings = _without_ending(findings)
@@ -118,8 +117,8 @@ def clean(
     failed: dict[str, str] = {}
     for trace in report.findings:
         if trace.kind in ("socket", "netdev"):
-            with contextlib.suppress(OSError):
-                _remove_socket(trace) if trace.kind == "socket" else _remove_netdev(trace)
+            with contextlib.suppress(OSError, BackendError):
+                _remove_socket(trace) if trace.kind == "socket" else _remove_netdev(trace, report, state_dir)
     for name in dict.fromkeys(trace.name for trace in report.findings if trace.kind not in ("socket", "netdev")):
         if report.running is None and running_service(state_dir) is not None:
             failed[name] = "a service has begun meanwhile, which takes it up or removes it"
@@ -144,8 +143,11 @@ def _remove_socket(trace: Trace) -> None:
             trace.path.unlink()
 
 
-def _remove_netdev(trace: Trace) -> None:
-    subprocess.run(["ip", "link", "delete", trace.name], capture_output=True, check=False)
+def _remove_netdev(trace: Trace, report: Report, state_dir: Path) -> None:
+    """Remove a device or rules, unless a service has just begun, whose they are then."""
+    if report.running is not None or running_service(state_dir) is None:
+        remove = bridge.remove_device if trace.name in bridge.devices() else firewall.remove_table
+        remove(trace.name)
 
 
 def uninstall(state_dir: Path, host_dir: Path) -> tuple[str, ...]:
@@ -190,11 +192,12 @@ def _remove_directory(path: Path, problems: list[str]) -> None:
             problems.append(f"{path}: {error.strerror}")
 
 
-def _owned(entries: Iterable[Entry], *, running: bool) -> set[str]:
-    """Return the names that are accounted for: all that a running service knows, else live leases."""
-    if running:
-        return {entry.name for entry in entries}
-    return {entry.name for entry in entries if _is_live_lease(entry)}
+def _owned(entries: Iterable[Entry], instance: str, *, running: bool) -> set[str]:
+    """Return the names that are accounted for: what a running service knows, else live leases; and their network."""
+    owners = [entry for entry in entries if running or _is_live_lease(entry)]
+    ports = {entry.endpoint.port for entry in owners if entry.endpoint is not None}
+    network = {bridge.device_prefix(instance), *firewall.tables(instance)} if running or ports else set()
+    return {entry.name for entry in owners} | ports | network
 
 
 def _is_live_lease(entry: Entry) -> bool:

@@ -28,10 +28,13 @@ from lxc_pool.host import residue
 from lxc_pool.model import State
 from lxc_pool.service import directories
 from lxc_pool.service.access import Policy
+from lxc_pool.service.addresses import AddressBook
 from lxc_pool.service.directories import name_prefix
 from lxc_pool.service.dispatcher import Dispatcher
 from lxc_pool.service.lanes import ProcessLane, stop_fork_server
 from lxc_pool.service.ledger import Ledger
+from lxc_pool.service.ledger import read as read_ledger
+from lxc_pool.service.network import pool_network
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.recovery import judge
 from lxc_pool.service.server import PoolServer, listen
@@ -95,6 +98,10 @@ def serve(
         ledger = Ledger(state_dir / "ledger.db")
         stack.callback(ledger.close)
         entries = ledger.open()
+        addresses = AddressBook(
+            stack.enter_context(pool_network(config, instance, functools.partial(read_ledger, ledger.path)))
+        )
+        addresses.take_over(entries)
         pool = Pool(
             config,
             lanes,
@@ -103,14 +110,19 @@ def serve(
             new_name=_names(instance).__next__,
             wake=dispatcher.wake,
             obstacle=functools.partial(_obstacle, state_dir, config.min_free),
+            addresses=addresses,
         )
         stack.callback(pool.let_go)
         present = [
             *(name for name in backend.names() if name.startswith(name_prefix(instance))),
             # Whatever else is left of a container, should the ledger have been lost.
-            *(trace.name for trace in residue.traces(name_prefix(instance), state_dir / "containers", host_dir)),
+            *(
+                trace.name
+                for trace in residue.traces(name_prefix(instance), state_dir / "containers", host_dir)
+                if trace.kind != "netdev"
+            ),
         ]
-        pool.restore(judge(entries, present, config, backend.newest, watchdog.now()))
+        pool.restore(judge(entries, present, config, backend.newest, watchdog.now(), fits=addresses.fits))
         dispatcher.open()
         stack.callback(dispatcher.close)
         launcher = Launcher()

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import msgspec
 
+from lxc_pool.backend.protocol import Endpoint
 from lxc_pool.errors import BackendError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import LeaseId, State
@@ -57,6 +58,7 @@ class Entry(msgspec.Struct, frozen=True):
         since: Monotonic time of this boot at which it came up, or its building began.
         image: The version that it was cloned from.
         recipe: What it was made by, beside the image; see `ProfileConfig.recipe`.
+        endpoint: Its place in the pool's network; None: it has none.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Entry(msgspec.Struct, frozen=True):
     init: ProcessIdentity | None
     lease: LeaseEntry | None
     reason: str | None
+    endpoint: Endpoint | None = None
 
 
 class Journal(Protocol):

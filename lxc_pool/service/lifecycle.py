@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from typing import Final
 
+from lxc_pool.backend.protocol import Endpoint
 from lxc_pool.errors import InternalError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, LeaseId, State
@@ -72,6 +73,7 @@ class Member:
         session: The connection that a reserved container is offered on; None once it is leased.
         retries: How often its removal has failed; above 0, it is removed by force.
         lost: Whether its init has died before it could be warm.
+        endpoint: Its place in the pool's network, its own from the announcement of its building until it is gone.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Member:
     reason: str | None = None
     retries: int = 0
     lost: bool = False
+    endpoint: Endpoint | None = None
 
     def move(self, state: State) -> None:
         """Go to another state.
@@ -110,6 +113,7 @@ class Member:
             init=self.init.identity if self.init else None,
             lease=LeaseEntry(lease.request, lease.id, lease.uid, lease.owner, lease.expires) if lease else None,
             reason=self.reason,
+            endpoint=self.endpoint,
         )
 
     def info(self, now: float, *, private: bool) -> ContainerInfo:

@@ -20,6 +20,7 @@ from lxc_pool.config import Config, check_size
 from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, State
+from lxc_pool.service.addresses import AddressBook
 from lxc_pool.service.adoption import Adoption
 from lxc_pool.service.census import Census, WarmWait, WarmWaits
 from lxc_pool.service.handoff import Handoff
@@ -55,6 +56,7 @@ class Pool:
         new_name: Callable[[], str],
         wake: Callable[[], None],
         obstacle: Callable[[], str | None] = lambda: None,
+        addresses: AddressBook | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """Make a pool; nothing happens before the first `dispatch`.
@@ -67,6 +69,7 @@ class Pool:
             new_name: Returns a name that no container has or had.
             wake: Called, with the lock held, when `dispatch` should be called soon.
             obstacle: Returns why nothing can be created now, if that is so.
+            addresses: Where containers' addresses are from; None: no profile wants one.
             rng: For the jitter of pauses.
         """
         self._config = config
@@ -95,6 +98,7 @@ class Pool:
             watch,
             new_name=new_name,
             obstacle=obstacle,
+            addresses=addresses or AddressBook(None),
             came_up=self._handoff.put,
             failed=functools.partial(self._reaper.reap, reason=Reason.START_FAILED),
             init_died=self._init_died,

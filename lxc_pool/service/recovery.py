@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from lxc_pool.backend.protocol import Endpoint
 from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.images.store import Image
 from lxc_pool.model import State
@@ -35,6 +36,8 @@ def judge(
     config: Config,
     newest: Callable[[str], Image | None],
     now: float,
+    *,
+    fits: Callable[[Endpoint | None, ProfileConfig], bool] = lambda _endpoint, _profile: True,
 ) -> list[Verdict]:
     """Decide about every container; whether its processes live is for the pool to see when it watches them again.
 
@@ -44,6 +47,7 @@ def judge(
         config: What this service is to keep.
         newest: Returns the newest version of an image.
         now: Monotonic time.
+        fits: Whether a container's place in the network is what one of that profile would get now.
     """
     profiles = {profile.name: profile for profile in config.profiles}
     warm: Counter[str] = Counter()
@@ -53,6 +57,8 @@ def judge(
         known.add(entry.name)
         profile = profiles.get(entry.profile) or ProfileConfig(entry.profile, size=0)
         reason = _reason(entry, profile, newest, now)
+        if reason is None and entry.lease is None and not fits(entry.endpoint, profile):
+            reason = Reason.IMAGE_REPLACED
         if reason is None and entry.lease is None:
             warm[profile.name] += 1
             if warm[profile.name] > profile.size:
@@ -77,7 +83,7 @@ def _reason(entry: Entry, profile: ProfileConfig, newest: Callable[[str], Image 
 
 
 def _member(entry: Entry, *, goes_on: bool) -> Member:
-    member = Member(entry.name, entry.profile, entry.image, entry.recipe, entry.since)
+    member = Member(entry.name, entry.profile, entry.image, entry.recipe, entry.since, endpoint=entry.endpoint)
     if goes_on:
         member.state = entry.state
         if entry.lease is not None:

@@ -16,6 +16,7 @@ from lxc_pool.errors import BackendError, ImageError, LxcPoolError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.images.store import Image
 from lxc_pool.model import State
+from lxc_pool.service.addresses import AddressBook
 from lxc_pool.service.lanes import CollectJob, CreateJob, DestroyJob, Job, Lane, LaneBroken, Outcome, PrepareJob
 from lxc_pool.service.lifecycle import Member
 from lxc_pool.service.shelf import Shelf
@@ -60,6 +61,7 @@ class Upkeep:
         *,
         new_name: Callable[[], str],
         obstacle: Callable[[], str | None],
+        addresses: AddressBook,
         came_up: Callable[[Member], None],
         failed: Callable[[Member], None],
         init_died: Callable[[str], None],
@@ -73,6 +75,7 @@ class Upkeep:
             watch: The clock, and who notices deaths.
             new_name: Returns a name that no container has or had.
             obstacle: Returns why nothing can be created now, if that is so.
+            addresses: Where containers' addresses are from.
             came_up: Called, with the lock held, for a container that is up and watched.
             failed: Called, with the lock held, for one that is not.
             init_died: Called when the init of a container has ended.
@@ -83,6 +86,7 @@ class Upkeep:
         self._new_name = new_name
         self._obstacle = obstacle
         self._obstructed = False
+        self._addresses = addresses
         self._came_up = came_up
         self._failed = failed
         self._init_died = init_died
@@ -157,12 +161,19 @@ class Upkeep:
         assert shelf.image is not None, "a shelf without an image wants no container"
         member = Member(self._new_name(), shelf.profile.name, shelf.image.ref, shelf.profile.recipe, now)
         try:
+            member.endpoint = self._addresses.take(member.name, shelf.profile)
+        except BackendError as error:
+            self._stock.note_error(str(error))
+            self._back_off(shelf)
+            return None
+        try:
             self._stock.announce(member)
         except BackendError:
+            self._addresses.give_back(member.name)
             self._back_off(shelf)
             return None
         deadline = now + _OWN_DEADLINE * self._config.create_timeout
-        return CreateJob(Blueprint(member.name, shelf.profile, shelf.image, deadline))
+        return CreateJob(Blueprint(member.name, shelf.profile, shelf.image, deadline, member.endpoint))
 
     def _done(self, slot: Slot, job: Job, outcome: Outcome) -> None:
         """Take in what a job came to."""
@@ -266,6 +277,7 @@ class Upkeep:
             self._watch.call_at(self._watch.now() + pause, functools.partial(self._retry, member))
         else:
             self._stock.drop(member)
+            self._addresses.give_back(member.name)
             image = self._stock.shelf_of(member).image
             self._collection_due |= image is None or image.ref != member.image
 

@@ -7,7 +7,7 @@
 venv="${root:?}/.venv"
 
 # Debian's names. The interpreter's own packages come from python_packages.
-packages=(lxc lxc-dev busybox-static iproute2 procps gcc libc6-dev pkg-config)
+packages=(lxc lxc-dev busybox-static iproute2 nftables procps gcc libc6-dev pkg-config)
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" || true; }
 die() {
@@ -122,7 +122,7 @@ What is needed, with Debian's names for it:
   lxc 5 or newer (lxc-start, lxc-copy, lxc-attach)            lxc
   its headers, pkg-config, a C compiler                       lxc-dev pkg-config gcc libc6-dev
   a statically linked busybox                                 busybox-static
-  ip, ps                                                      iproute2 procps
+  ip, nft, ps                                                 iproute2 nftables procps
   Python 3.11 or newer with venv and headers                  python3 python3-venv python3-dev
 Once they are installed:
   python3 -m venv .venv && .venv/bin/pip install -e '.[server]' tox

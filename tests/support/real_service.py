@@ -17,6 +17,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lxc_pool import PoolManager, PoolServiceProxy
+from tests.support.netlab import Namespace
 
 ROOT = Path(__file__).resolve().parents[2]
 """The project's; `python -m lxc_pool` there runs the code under test."""
@@ -62,12 +64,14 @@ class Finished:
 class Service:
     """A service with directories of its own; used again after it has ended, it takes them up again."""
 
-    def __init__(self, images: Path | None = None) -> None:
+    def __init__(self, images: Path | None = None, namespace: Namespace | None = None) -> None:
         """Make the directories.
 
         Args:
             images: An image directory to begin with, by hard links; None: the service has to build its image.
+            namespace: The network namespace that it runs in; None: the machine's.
         """
+        self.namespace = namespace
         # Not pytest's: users without rights can't get into those, and they are too long for a socket.
         self.directory = Path(tempfile.mkdtemp(prefix="lxp-test-"))
         self.directory.chmod(0o755)
@@ -97,7 +101,8 @@ class Service:
 
     def command(self, *arguments: str | Path) -> list[str]:
         """Return `lxc-pool` with this service's host dir."""
-        return [sys.executable, "-m", "lxc_pool", "--host-dir", str(self.host_dir), *map(str, arguments)]
+        command = [sys.executable, "-m", "lxc_pool", "--host-dir", str(self.host_dir), *map(str, arguments)]
+        return command if self.namespace is None else self.namespace.service_command(*command)
 
     def cli(self, *arguments: str | Path, stdin: str = "", timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
         """Run a command of `lxc-pool` against this service."""
@@ -261,10 +266,21 @@ class Service:
         if self.containers.exists():
             found += [f"directory {path}" for path in self.containers.iterdir()]
         found += [f"lock file {path}" for path in self._lock_files()]
+        found += self.network_traces()
         found += [
             f"file {self.host_dir / name}" for name in ("pool.sock", "authkey") if (self.host_dir / name).exists()
         ]
         return found
+
+    def network_traces(self) -> list[str]:
+        """Return the network devices and rules that the service has made, in words."""
+        devices = [name for _index, name in socket.if_nameindex()]
+        rules: list[str] = []
+        if self.namespace is not None:
+            devices = self.namespace.devices()
+            rules = [*self.namespace.tables(), *self.namespace.run("iptables", "-S").splitlines()]
+        found = [f"network device {name}" for name in devices if name.startswith(f"lxp{self.instance}")]
+        return [*found, *(f"rule {rule}" for rule in rules if f"lxp-{self.instance}" in rule)]
 
     def assert_clean(self) -> None:
         """Assert that nothing of a service that has ended is left."""

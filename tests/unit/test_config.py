@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
 from lxc_pool import config
-from lxc_pool.config import Config, ProfileConfig, check_size, load, parse
+from lxc_pool.config import Config, NetworkConfig, ProfileConfig, check_size, load, parse
 from lxc_pool.errors import ConfigError
 
 
@@ -90,7 +91,7 @@ def test_a_size_of_0_on_the_command_line_is_refused() -> None:
     ("text", "where", "what"),
     [
         ("[pool]\nsize = 5\nsizes = 6\n", "line 3: pool.sizes", "unknown key; known here: size, workers"),
-        ("\n[pol]\nsize = 5\n", "line 2: pol", "unknown key; known here: pool, access, profile"),
+        ("\n[pol]\nsize = 5\n", "line 2: pol", "unknown key; known here: pool, access, network, profile"),
         ("[access]\n# groups\ngroups = 'x'\n", "line 3: access.groups", "unknown key; known here: group"),
         ("[profile.a]\nimage='x'\n[profile.b]\nimages='x'\n", "line 4: profile.b.images", "unknown key"),
         ("[pool]\nsize = 5\n[profile.a]\nworkers = 6\n", "line 4: profile.a.workers", "unknown key"),
@@ -108,7 +109,7 @@ def test_a_size_of_0_on_the_command_line_is_refused() -> None:
         ("[access]\ngroup = ''\n", "line 2: access.group", "must be a string of printable characters, not ''"),
         ("[access]\ngroup = 5\n", "line 2: access.group", "must be a string of printable characters, not 5"),
         ('[access]\ngroup = "a\\nb"\n', "line 2: access.group", "must be a string of printable characters"),
-        ("[profile.a]\nnetwork = 'host'\n", "line 2: profile.a.network", "must be one of empty, not 'host'"),
+        ("[profile.a]\nnetwork = 'host'\n", "line 2: profile.a.network", "must be one of empty, bridge, not 'host'"),
         ("[profile.a]\nprobe = 'true'\n", "line 2: profile.a.probe", "must be a list of strings, not 'true'"),
         ("[profile.a]\nprobe = ['x', 1]\n", "line 2: profile.a.probe", "must be a list of strings"),
         ("[profile.a]\nprobe = ['']\n", "line 2: profile.a.probe", "must be a list of strings"),
@@ -157,3 +158,53 @@ def test_the_usual_file_is_read_if_it_is_there(tmp_path: Path, monkeypatch: pyte
     path.write_text("[pool]\nsize = 3\nbad = 1", encoding="utf-8")
     with pytest.raises(ConfigError, match=f"{path}, line 3: pool.bad"):
         load()
+
+
+def test_a_network_is_read_and_is_left_to_the_host_where_nothing_is_said() -> None:
+    assert read("").network == NetworkConfig()
+    assert not read("").wants_bridge
+    found = read(
+        """
+        [network]
+        bridge = "br0"
+        subnet = "10.1.2.0/24"
+        nat = false
+        dns = ["192.0.2.53"]
+        [profile.default]
+        network = "bridge"
+        reach = ["metadata", "containers", "containers"]
+        """
+    )
+    assert found.network == NetworkConfig("br0", IPv4Network("10.1.2.0/24"), False, ("192.0.2.53",))
+    assert found.wants_bridge
+    assert found.profiles[0].reach == ("containers", "metadata")
+    assert read("network.dns = []").network.dns == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("subnet = '10.1.2.3/24'", "network.subnet: must be like \"10.1.2.0/24\", not '10.1.2.3/24': .* host bits set"),
+        ("subnet = 'fd00::/64'", "network.subnet: must be like"),
+        ("subnet = '10.0.0.0/8'", "network.subnet: must be a /22 to a /29, not a /8"),
+        ("subnet = '10.0.0.0/30'", "network.subnet: must be a /22 to a /29, not a /30"),
+        ("subnet = '169.254.1.0/24'", "network.subnet: must be of a private range"),
+        ("bridge = 'br0; flush'", "network.bridge: must be the name of a bridge"),
+        ("bridge = 'abcdefghijklmnop'", "network.bridge: must be the name of a bridge"),
+        ("dns = ['one.one.one.one']", "network.dns: must be a list of IPv4 addresses, not 'one.one.one.one'"),
+        ("dns = ['127.0.0.53']", "network.dns: 127.0.0.53 would be the container itself"),
+        (
+            "dns = ['192.0.2.1', '192.0.2.2', '192.0.2.3', '192.0.2.4']",
+            "network.dns: must be at most 3 addresses, not 4",
+        ),
+        ("ipv6 = true", "network.ipv6: unknown key; known here: bridge, subnet, nat, dns"),
+        (
+            "[profile.a]\nnetwork = 'bridge'\nreach = ['lan']",
+            "reach: must be some of containers, host, metadata, not 'lan'",
+        ),
+        ("[profile.a]\nreach = ['host']", 'reach: is for a profile with network = "bridge"'),
+    ],
+)
+def test_a_mistake_about_the_network_is_named(line: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read(f"[network]\n{line}")

@@ -6,10 +6,11 @@ Source: lxc.container.conf(5) of liblxc 5.0; Incus's defaults for unprivileged c
 from __future__ import annotations
 
 import re
+from ipaddress import IPv4Interface
 from pathlib import Path
 
 from lxc_pool.backend.lxc import console, limits, rootfs
-from lxc_pool.backend.protocol import Blueprint
+from lxc_pool.backend.protocol import Blueprint, Endpoint
 from lxc_pool.host import idranges
 
 _DROPPED_CAPABILITIES = "mac_admin mac_override sys_module sys_rawio sys_time"
@@ -23,6 +24,9 @@ _SHARES = {
 """What an unprivileged container may take of what the kernel counts against the host's root for all of them together:
 one container took all 128 inotify instances, the host's own included (measured). Guesses: systemd takes under ten of
 each. Source: Linux kernel/ucount.c, Documentation/admin-guide/sysctl/user.rst."""
+
+_IPV6 = Path("/proc/sys/net/ipv6")
+"""Not there on a kernel without it, where liblxc would fail to set what is below."""
 
 _DEVICES = ("c 1:3", "c 1:5", "c 1:7", "c 1:8", "c 1:9", "c 5:0", "c 5:1", "c 5:2", "c 136:*")
 """null, zero, full, random, urandom, tty, console, ptmx, pts: what a privileged container may use."""
@@ -42,8 +46,7 @@ def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int |
     lines = [
         ("lxc.uts.name", blueprint.name),
         ("lxc.rootfs.path", f"dir:{rootfs.path(directory)}"),
-        ("lxc.net.0.type", blueprint.profile.network),
-        ("lxc.net.0.flags", "up"),
+        *_network(blueprint.endpoint),
         ("lxc.autodev", "1"),
         ("lxc.tty.max", "0"),
         ("lxc.pty.max", "1024"),
@@ -76,14 +79,45 @@ def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int |
     return "".join(f"{key} = {value}\n" for key, value in [*lines, *_limits(blueprint)])
 
 
+def port(directory: Path) -> str | None:
+    """Return the name of a container's port on a bridge, read from its configuration; None if there is none."""
+    return _find(directory, r"^lxc\.net\.0\.veth\.pair = (\S+)$")
+
+
 def first_id(directory: Path) -> int | None:
     """Return the first id of a container's range, read from its configuration; None if there is none."""
+    found = _find(directory, r"^lxc\.idmap = u 0 (\d+) ")
+    return None if found is None else int(found)
+
+
+def _find(directory: Path, pattern: str) -> str | None:
     try:
         text = (directory / "config").read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
         return None
-    match = re.search(r"^lxc\.idmap = u 0 (\d+) ", text, re.MULTILINE)
-    return int(match[1]) if match else None
+    match = re.search(pattern, text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _network(endpoint: Endpoint | None) -> list[tuple[str, str]]:
+    """Everything is set by liblxc before init runs: there is nothing to wait for, and nothing for the image to do."""
+    if endpoint is None:
+        return [("lxc.net.0.type", "empty"), ("lxc.net.0.flags", "up")]
+    lines = [
+        ("lxc.net.0.type", "veth"),
+        ("lxc.net.0.link", endpoint.bridge),
+        ("lxc.net.0.veth.pair", endpoint.port),
+        ("lxc.net.0.name", "eth0"),
+        ("lxc.net.0.hwaddr", endpoint.mac),
+        # With the broadcast address, which liblxc makes 0.0.3.255 of a /22 (measured).
+        ("lxc.net.0.ipv4.address", f"{endpoint.address} {IPv4Interface(endpoint.address).network.broadcast_address}"),
+        ("lxc.net.0.ipv4.gateway", endpoint.gateway),
+        ("lxc.net.0.flags", "up"),
+    ]
+    if _IPV6.exists():
+        # The bridge lets none of it through; so that nobody inside waits for it, either.
+        lines += [(f"lxc.sysctl.net.ipv6.conf.{which}.disable_ipv6", "1") for which in ("all", "default")]
+    return lines
 
 
 def _limits(blueprint: Blueprint) -> list[tuple[str, str]]:

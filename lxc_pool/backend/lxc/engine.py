@@ -21,10 +21,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lxc_pool.backend.lxc import binding, console, container_config, limits, removal, rootfs
-from lxc_pool.backend.protocol import Blueprint
+from lxc_pool.backend.lxc import binding, console, container_config, limits, removal, resolver, rootfs
+from lxc_pool.backend.protocol import Blueprint, Endpoint
 from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
-from lxc_pool.host import cgroups, idranges, mounts
+from lxc_pool.host import cgroups, idranges, mounts, rtnetlink
 from lxc_pool.host.processes import ProcessIdentity, has_executed, identify
 from lxc_pool.images.store import Image, ImageStore
 
@@ -134,12 +134,16 @@ class LxcBackend:
         try:
             first_id = self._clone(blueprint, directory)
             with rootfs.mounted(blueprint, directory, self._user_namespace(first_id), first_id or 0):
+                if blueprint.endpoint is not None:
+                    resolver.write(rootfs.path(directory), first_id or 0, blueprint.endpoint.resolvers)
                 self._start(blueprint, directory)
         except OSError as error:
             if not blueprint.image.rootfs.is_dir():
                 raise ImageError(f"base image {blueprint.image.ref} is gone: {error}") from error
             raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
         init = self._await_init(blueprint, directory)
+        if blueprint.endpoint is not None and blueprint.endpoint.isolated:
+            _isolate(blueprint, blueprint.endpoint)
         directories = cgroups.payload_cgroups(blueprint.name, self._cgroup_trees)
         if wrong := limits.problems(blueprint.profile, directories):
             raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
@@ -230,6 +234,14 @@ class LxcBackend:
                     f"{probe.returncode}: {said or 'it says nothing'}"
                 )
             time.sleep(_PROBE_PAUSE)  # readiness of a foreign program has no event; see _PROBE_PAUSE
+
+
+def _isolate(blueprint: Blueprint, endpoint: Endpoint) -> None:
+    """Keep a container from its neighbours by the bridge's own means, too: rules can be flushed by somebody's hand."""
+    try:
+        rtnetlink.isolate(endpoint.port)
+    except OSError as error:
+        raise StartFailed(f"{blueprint.name} is up, but could not be isolated on the bridge: {error}") from error
 
 
 def _program(name: str) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from lxc_pool.backend.lxc import binding, container_config
-from lxc_pool.errors import DestroyFailed
-from lxc_pool.host import cgroups, idranges, mounts
+from lxc_pool.errors import BackendError, DestroyFailed
+from lxc_pool.host import bridge, cgroups, idranges, mounts
 from lxc_pool.host.residue import LOCKS, mount_points
 
 _MOST_PASSES = 20
@@ -27,8 +27,8 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
         _kill_starters(name, lxcpath)
     elif (directory / "config").exists():
         binding.container(name, lxcpath).stop()
-    first_id = container_config.first_id(directory)
-    problems = [*_remove_cgroups(name), *_unmount_below(directory)]
+    first_id, port = container_config.first_id(directory), container_config.port(directory)
+    problems = [*_remove_cgroups(name), *_unmount_below(directory), *_disconnect(port)]
     try:
         if not problems:
             shutil.rmtree(directory)
@@ -42,6 +42,16 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
         idranges.give_back(str(directory), first_id)  # only now that nothing of these ids is left
     if problems:
         raise DestroyFailed(f"{name} is not quite gone: {'; '.join(problems)[:1000]}")
+
+
+def _disconnect(port: str | None) -> list[str]:
+    """Remove a container's port: liblxc has, and the kernel does with the container, unless something went wrong."""
+    try:
+        if port is not None:
+            bridge.remove_device(port)
+    except BackendError as error:
+        return [str(error)]
+    return []
 
 
 def _unmount_below(directory: Path) -> list[str]:

@@ -1,0 +1,253 @@
+"""Containers on the pool's bridge: an address of their own when they are handed out, names, the outside, and no more.
+
+Services run in a network namespace of the tests' own, with an outside beside it: see `tests/support/netlab.py`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import pytest
+
+from lxc_pool import Container, PoolServiceProxy, PoolTimeout
+from tests.support import netlab
+from tests.support.netlab import ANSWER, FAR, PORT, UPLINK, NetLab
+from tests.support.real_service import Service
+from tests.support.waiting import eventually
+
+CONFIG = f"""\
+[pool]
+workers = 2
+[network]
+dns = ["{FAR}"]
+[profile.default]
+network = "bridge"
+size = 2
+[profile.privileged]
+network = "bridge"
+privileged = true
+size = 1
+"""
+
+PROFILES = ["default", "privileged"]
+
+
+@pytest.fixture(scope="module")
+def lab(images: Path) -> Iterator[NetLab]:
+    assert images.exists()  # it is asked for first: it skips where containers can't be
+    with NetLab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def networked(lab: NetLab, images: Path) -> Iterator[Service]:
+    """A service with a bridge, for the tests of this module that neither configure nor end it."""
+    service = Service(images, lab.host)
+    try:
+        service.start(config=CONFIG)
+        yield service
+    finally:
+        service.close()
+
+
+@pytest.fixture
+def pool(networked: Service) -> Iterator[PoolServiceProxy]:
+    with networked.connect() as pool:
+        pool.wait_ready()
+        yield pool
+
+
+@pytest.fixture
+def service(lab: NetLab, images: Path) -> Iterator[Service]:
+    """A service of the test's own beside that one; when the test is over, nothing of it may be left."""
+    service = Service(images, lab.host)
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+def say(container: Container, *command: str) -> str:
+    """Run a command inside; return what it says."""
+    done = container.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
+    assert done.returncode == 0, (command, done.stdout)
+    return str(done.stdout).strip()
+
+
+def configured(subnet: str, *lines: str, size: int = 1, profile: str = "") -> str:
+    network = "\n".join(["[network]", f'subnet = "{subnet}"', *lines])
+    return f'[pool]\nworkers = 2\n{network}\n[profile.default]\nsize = {size}\nnetwork = "bridge"\n{profile}'
+
+
+def refusal(service: Service, config: str) -> str:
+    """Start a service that refuses; return its last word."""
+    service.launch(config=config)
+    finished = service.wait()
+    assert finished.status == 2, finished.log
+    return finished.log.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_container_has_its_address_when_it_is_handed_out(
+    pool: PoolServiceProxy, networked: Service, lab: NetLab, profile: str
+) -> None:
+    with pool.lease("job", profile=profile) as container:
+        (address,) = container.ips
+        bridge = f"lxp{networked.instance}"
+        (device,) = netlab.json_of(lab.host.run("ip", "-json", "-4", "address", "show", "dev", bridge))
+        gateway = device["addr_info"][0]
+        assert IPv4Address(address) in IPv4Network(f"{gateway['local']}/{gateway['prefixlen']}", strict=False)
+        assert say(container, "ip", "route").splitlines()[0].split()[:3] == ["default", "via", gateway["local"]]
+        assert f"inet {address}/22 brd {gateway['broadcast']} " in say(container, "ip", "-4", "address", "show", "eth0")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_it_resolves_names_and_reaches_the_outside_by_the_hosts_address(pool: PoolServiceProxy, profile: str) -> None:
+    with pool.lease("job", profile=profile) as container:
+        assert say(container, "cat", "/etc/resolv.conf") == f"nameserver {FAR}"
+        assert f"Address: {ANSWER}" in say(container, "nslookup", "somewhere.example")
+        assert say(container, "nc", "-w", "5", FAR, str(PORT)) == UPLINK
+
+
+def test_the_image_knows_nothing_of_it(pool: PoolServiceProxy, networked: Service) -> None:
+    with pool.lease("job") as container:
+        say(container, "sh", "-c", "echo mine >>/etc/resolv.conf")
+    with pool.lease("job") as container:
+        assert say(container, "cat", "/etc/resolv.conf") == f"nameserver {FAR}"
+    (file,) = (networked.state_dir / "images").rglob("resolv.conf")
+    assert FAR not in file.read_text()
+
+
+def test_the_host_reaches_a_server_in_it(pool: PoolServiceProxy, lab: NetLab) -> None:
+    with pool.lease("job") as container:
+        server = container.popen(["nc", "-l", "-p", "80", "-e", "echo", "hello"])
+        address = container.ips[0]
+
+        def greeted() -> bool:
+            done = subprocess.run(
+                lab.host.command("busybox", "nc", "-w", "5", address, "80"), capture_output=True, check=False
+            )
+            return done.stdout == b"hello\n"
+
+        eventually(greeted, "an answer of the container's server")
+        assert server.wait(10) == 0
+
+
+def test_it_has_no_ipv6(pool: PoolServiceProxy) -> None:
+    with pool.lease("job") as container:
+        assert "inet6" not in say(container, "ip", "address")
+
+
+def test_an_address_rests_for_as_long_as_there_are_others(pool: PoolServiceProxy) -> None:
+    seen: list[str] = []
+    for _ in range(6):
+        with pool.lease("job") as container:
+            seen += container.ips
+    assert len(set(seen)) == 6
+
+
+def test_with_all_addresses_taken_nobody_gets_one_twice_and_the_reason_is_said(service: Service) -> None:
+    pool = service.start(config=configured("10.77.1.0/29", "dns = []", size=2))
+    leases = [pool.get(number, 30) for number in range(5)]
+    assert all(leases)
+    assert {ip for lease in leases if lease for ip in lease.ips} == {f"10.77.1.{number}" for number in range(2, 7)}
+    with pytest.raises(PoolTimeout, match=r"all 5 addresses of 10\.77\.1\.0/29 are taken"), pool.lease("x", timeout=2):
+        pass
+    assert leases[3] is not None
+    before = leases[3].ips
+    leases[3].release()
+    with pool.lease("after", timeout=30) as container:
+        assert container.ips == before
+    for lease in leases:
+        if lease is not None:
+            lease.release()
+
+
+def test_two_services_side_by_side_have_subnets_of_their_own(
+    pool: PoolServiceProxy, networked: Service, service: Service, lab: NetLab
+) -> None:
+    other = service.start(config=CONFIG)
+    with pool.lease("one") as one, other.lease("other") as two:
+        assert IPv4Network(f"{one.ips[0]}/22", strict=False) != IPv4Network(f"{two.ips[0]}/22", strict=False)
+        assert say(one, "nc", "-w", "5", FAR, str(PORT)) == UPLINK
+        assert say(two, "nc", "-w", "5", FAR, str(PORT)) == UPLINK
+    service.stop()
+    assert f"lxp{networked.instance}" in lab.host.devices()
+    with pool.lease("one") as one:
+        assert say(one, "nc", "-w", "5", FAR, str(PORT)) == UPLINK
+
+
+def test_a_service_leaves_no_device_and_no_rule(service: Service, lab: NetLab) -> None:
+    before = lab.host.devices(), lab.host.tables()
+    service.start(config=CONFIG).wait_ready()
+    assert set(lab.host.devices()) > set(before[0])
+    service.stop()
+    assert (lab.host.devices(), lab.host.tables()) == before
+
+
+@pytest.mark.parametrize("subnet", ["198.51.100.0/24", "10.55.0.0/24"])
+def test_a_subnet_that_the_host_has_a_way_to_is_refused(service: Service, lab: NetLab, subnet: str) -> None:
+    lab.host.run("ip", "route", "replace", "10.55.0.128/25", "via", netlab.ROUTER)
+    words = refusal(service, configured(subnet, "dns = []"))
+    assert f"network.subnet: {subnet} overlaps " in words
+    assert "choose another one" in words
+    assert service.network_traces() == []
+
+
+def test_a_bridge_that_is_none_is_refused(service: Service) -> None:
+    words = refusal(service, configured("10.77.2.0/24", 'bridge = "up0"', "dns = []"))
+    assert "network.bridge: this host has no bridge 'up0'" in words
+
+
+def test_without_a_resolver_that_containers_could_reach_one_is_asked_for(service: Service) -> None:
+    # The machine's own /etc/resolv.conf is not the test's; what is said of another one, tests/unit/test_bridge tells.
+    pool = service.start(config=configured("10.77.3.0/24", "dns = []"))
+    with pool.lease("job") as container:
+        assert say(container, "cat", "/etc/resolv.conf") == ""
+
+
+def test_a_bridge_of_the_hosts_own_is_used_and_left(service: Service, lab: NetLab) -> None:
+    lab.host.run("ip", "link", "add", "br-lab", "type", "bridge")
+    lab.host.run("ip", "address", "add", "10.88.0.1/24", "dev", "br-lab")
+    lab.host.run("ip", "link", "set", "br-lab", "up")
+    try:
+        config = configured("10.88.0.128/26", 'bridge = "br-lab"', "nat = true", f'dns = ["{FAR}"]')
+        pool = service.start(config=config)
+        with pool.lease("job") as container:
+            assert container.ips == ("10.88.0.128",)
+            assert say(container, "nc", "-w", "5", FAR, str(PORT)) == UPLINK
+            assert "10.88.0.128/24" in say(container, "ip", "-4", "address", "show", "eth0")
+        service.stop()
+        assert "br-lab" in lab.host.devices()
+        assert "10.88.0.1/24" in lab.host.run("ip", "address", "show", "dev", "br-lab")
+    finally:
+        lab.host.run("ip", "link", "delete", "br-lab")
+
+
+def test_two_services_never_share_a_bridge(service: Service, lab: NetLab, images: Path) -> None:
+    lab.host.run("ip", "link", "add", "br-two", "type", "bridge")
+    lab.host.run("ip", "address", "add", "10.89.0.1/24", "dev", "br-two")
+    config = configured("10.89.0.128/26", 'bridge = "br-two"', "dns = []")
+    other = Service(images, lab.host)
+    try:
+        other.start(config=config)
+        words = refusal(service, config)
+        assert f"br-two is in use by another service, or is left by one (nft table lxp-{other.instance}-br-two" in words
+    finally:
+        other.close()
+        lab.host.run("ip", "link", "delete", "br-two")
+
+
+def test_it_works_where_a_container_runtime_drops_what_is_forwarded(service: Service, lab: NetLab) -> None:
+    lab.host.run("iptables", "-P", "FORWARD", "DROP")
+    try:
+        pool = service.start(config=CONFIG)
+        with pool.lease("job") as container:
+            assert say(container, "nc", "-w", "5", FAR, str(PORT)) == UPLINK
+        service.stop()
+        assert lab.host.run("iptables", "-S", "FORWARD").splitlines() == ["-P FORWARD DROP"]
+    finally:
+        lab.host.run("iptables", "-P", "FORWARD", "ACCEPT")
