@@ -117,6 +117,7 @@ class Config:
         group: The group that may use the service, if the host has it.
         users: Those of it that may; None: all.
         admins: Users who may administrate.
+        key_file: A file with the key that clients are to have; None: a new one at each start.
         max_leases: Containers that one user may have or wait for at once; administrators: any number.
         max_waiters: Calls of one user that may wait at once; as before.
         max_connections: Connections that one user may have at once; as before.
@@ -134,6 +135,7 @@ class Config:
     group: str = "lxc-pool"
     users: tuple[str, ...] | None = None
     admins: tuple[str, ...] = ("root",)
+    key_file: Path | None = None
     max_leases: int = 100
     max_waiters: int = 100
     max_connections: int = 200
@@ -191,7 +193,7 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
     pool.only(
         "size", "workers", "create_timeout", "image_timeout", "confirm_timeout", "min_free", "id_base", "max_keep"
     )
-    access.only("group", "users", "admins", "max_leases", "max_waiters", "max_connections", "max_calls")
+    access.only("group", "users", "admins", "key_file", "max_leases", "max_waiters", "max_connections", "max_calls")
     default_size = pool.integer("size", 5, 1, MAX_SIZE)
     if size is not None:
         default_size = check_size(size)
@@ -207,6 +209,7 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
         group=access.string("group", "lxc-pool"),
         users=access.strings("users") if "users" in access.values else None,
         admins=access.strings("admins") if "admins" in access.values else ("root",),
+        key_file=access.path("key_file"),
         max_leases=access.integer("max_leases", 100, 1, 1_000_000),
         max_waiters=access.integer("max_waiters", 100, 1, 1_000_000),
         max_connections=access.integer("max_connections", 200, 1, 1_000_000),
@@ -364,6 +367,14 @@ class _Table:
         if not isinstance(value, str) or not value or not value.isprintable():
             raise self.error(key, f"must be a string of printable characters, not {value!r}")
         return value
+
+    def path(self, key: str) -> Path | None:
+        if key not in self.values:
+            return None
+        path = Path(self.string(key, ""))
+        if not path.is_absolute():
+            raise self.error(key, f"must be an absolute path, not {str(path)!r}")
+        return path
 
     def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
         value = self.string(key, default)

@@ -26,7 +26,7 @@ from lxc_pool.config import Config
 from lxc_pool.execution.launcher import Launcher
 from lxc_pool.host import residue
 from lxc_pool.model import State
-from lxc_pool.service import directories
+from lxc_pool.service import authkey, directories
 from lxc_pool.service.access import Policy
 from lxc_pool.service.addresses import AddressBook
 from lxc_pool.service.directories import name_prefix
@@ -85,7 +85,8 @@ def serve(
     group = Policy(config).group
     with contextlib.ExitStack() as stack:
         instance = stack.enter_context(directories.state_dir(state_dir))
-        key = stack.enter_context(directories.host_dir(host_dir, group))
+        key = authkey.new() if config.key_file is None else authkey.read(config.key_file)
+        stack.enter_context(directories.host_dir(host_dir, group, key))
         watchdog = Watchdog()
         watchdog.open()
         stack.callback(watchdog.close)

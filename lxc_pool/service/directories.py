@@ -13,26 +13,26 @@ from lxc_pool import hostdir
 from lxc_pool.errors import HostDirError
 from lxc_pool.host import locks
 
-_KEY_BYTES = 32
 _INSTANCE_BYTES = 3
 
 
 @contextlib.contextmanager
-def host_dir(path: Path, group: int) -> Iterator[bytes]:
-    """Own the host dir: make it if need be, check it, lock it, and put a new key into it; yield the key.
+def host_dir(path: Path, group: int, key: bytes) -> Iterator[None]:
+    """Own the host dir: make it if need be, check it, lock it, and put the key into it.
 
     At the end the key is removed and the lock given up.
 
     Args:
         path: The host dir.
         group: Gid that may enter it and read the key.
+        key: What clients have to know.
 
     Raises:
-        HostDirError: It is not a directory of the service's user, others may write to it, or another service has it.
+        HostDirError: It is not a directory of the service's user, others may write to it or replace it, or another
+            service has it.
     """
     _make(path, 0o750, group)
     with _locked(path / "service.lock", f"host dir {path}"):
-        key = secrets.token_bytes(_KEY_BYTES)
         target = hostdir.key_path(path)
         partial = path / f".authkey.{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):
@@ -45,7 +45,7 @@ def host_dir(path: Path, group: int) -> Iterator[bytes]:
             file.write(key)
         partial.rename(target)
         try:
-            yield key
+            yield
         finally:
             with contextlib.suppress(FileNotFoundError):
                 target.unlink()
@@ -121,6 +121,7 @@ def _make(path: Path, mode: int, group: int | None) -> None:
         raise HostDirError(f"{path} must be an absolute path")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _require_safe_way(path)
         path.mkdir(mode=mode, exist_ok=True)
         status = os.lstat(path)
     except OSError as error:
@@ -139,6 +140,29 @@ def _make(path: Path, mode: int, group: int | None) -> None:
         os.chown(path, -1, group)
     if stat.S_IMODE(status.st_mode) != mode or group is not None:
         os.chmod(path, mode)
+
+
+def _require_safe_way(path: Path) -> None:
+    """Refuse a directory that somebody else could put another one in the place of: whoever owns what it is in.
+
+    Raises:
+        HostDirError: The message says which, and what to do.
+        OSError: A directory on the way can't be looked at.
+    """
+    trusted = (0, os.geteuid())
+    for directory in dict.fromkeys((*path.parents, *(path.parent.resolve() / path.name).parents)):
+        status = os.lstat(directory)
+        if status.st_uid not in trusted:
+            raise HostDirError(
+                f"{directory} belongs to uid {status.st_uid}, who could replace {path} in it: "
+                f"`chown root {directory}`, or choose another place"
+            )
+        open_to_others = not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o022
+        if open_to_others and not status.st_mode & stat.S_ISVTX:
+            raise HostDirError(
+                f"others may write to {directory} (mode {stat.S_IMODE(status.st_mode):04o}), and so replace {path} in "
+                f"it: `chmod go-w {directory}`, or choose another place"
+            )
 
 
 @contextlib.contextmanager

@@ -31,6 +31,19 @@ def test_a_container_is_warm_once_its_profiles_probe_has_succeeded(service: Serv
     assert pool.status().error_count == 0
 
 
+def test_a_configured_key_is_every_services(service: Service) -> None:
+    file = service.directory / "key"
+    file.write_bytes(b"k" * 32)
+    config = f'[pool]\nsize = 1\n[access]\nkey_file = "{file}"\n'
+    assert "chmod 0600" in refused(service, config)
+    file.chmod(0o600)
+    for _ in range(2):
+        with service.start(config=config) as pool:
+            assert pool.echo("x") == "x"
+            assert (service.host_dir / "authkey").read_bytes() == b"k" * 32
+        service.stop()
+
+
 def test_a_probe_that_never_succeeds_is_told_with_what_it_said(service: Service) -> None:
     probe = 'probe = ["sh", "-c", "echo no database >&2; exit 7"]'
     config = f"[pool]\nsize = 1\nworkers = 1\ncreate_timeout = 2\n[profile.default]\n{probe}\n"

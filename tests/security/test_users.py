@@ -30,7 +30,7 @@ from lxc_pool.errors import (
     UnknownLease,
 )
 from lxc_pool.host.processes import identify
-from lxc_pool.service import access, directories, session
+from lxc_pool.service import access, authkey, directories, session
 from lxc_pool.service.fairness import Pace
 from lxc_pool.service.server import SocketListener
 from lxc_pool.service.trail import JsonFormatter
@@ -172,9 +172,9 @@ def test_the_key_is_never_readable_by_others_while_it_is_made(tmp_path: Path, mo
     monkeypatch.setattr(os, "fchmod", watch)
     before = os.umask(0)
     try:
-        with directories.host_dir(tmp_path / "host", GROUP) as key:
+        with directories.host_dir(tmp_path / "host", GROUP, authkey.new()):
             status = hostdir.key_path(tmp_path / "host").stat()
-            assert (len(key), status.st_mode & 0o777, status.st_uid, status.st_gid) == (32, 0o640, 0, GROUP)
+            assert (status.st_size, status.st_mode & 0o777, status.st_uid, status.st_gid) == (32, 0o640, 0, GROUP)
     finally:
         os.umask(before)
     assert modes == [0o600, 0o640]
@@ -462,7 +462,7 @@ def test_a_host_dir_that_others_could_have_prepared_is_refused_with_the_remedy(
         path.chmod(0o770)
     elif wrong == "lock":
         (path / "service.lock").symlink_to(open_path / "elsewhere")
-    with pytest.raises(HostDirError, match=words), directories.host_dir(path, GROUP):
+    with pytest.raises(HostDirError, match=words), directories.host_dir(path, GROUP, authkey.new()):
         pass
     assert not (open_path / "elsewhere").exists()
 

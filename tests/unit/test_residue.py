@@ -89,7 +89,7 @@ def test_what_has_another_name_is_neither_named_nor_touched(state: Path, host: P
 def test_the_socket_and_the_key_of_a_dead_service_are_residue_and_those_of_a_live_one_are_not(
     state: Path, host: Path
 ) -> None:
-    with host_dir(host, os.getegid()), socket.socket(socket.AF_UNIX) as sock:
+    with host_dir(host, os.getegid(), bytes(32)), socket.socket(socket.AF_UNIX) as sock:
         os.chdir(host)  # the path is too long otherwise
         sock.bind("pool.sock")
         os.chdir("/")
@@ -101,7 +101,7 @@ def test_the_socket_and_the_key_of_a_dead_service_are_residue_and_those_of_a_liv
         ("socket", "pool.sock"),
         ("socket", "authkey"),
     ]
-    with host_dir(host, os.getegid()):  # a service begins between the audit and the cleanup
+    with host_dir(host, os.getegid(), bytes(32)):  # a service begins between the audit and the cleanup
         audit.clean(report, state)
         assert (host / "pool.sock").exists()
         assert (host / "authkey").exists()
@@ -161,7 +161,7 @@ def test_id_ranges_run_out_with_a_word_where_they_are(registry: Path) -> None:
 
 
 def test_an_uninstallation_removes_what_the_service_has_made_and_can_be_repeated(state: Path, host: Path) -> None:
-    with host_dir(host, os.getegid()):
+    with host_dir(host, os.getegid(), bytes(32)):
         with pytest.raises(HostDirError, match=f"pid {os.getpid()} runs on {host}"):
             audit.uninstall(state, host)
         assert (host / "authkey").exists()
