@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from lxc_pool.client import files, process
+from lxc_pool.client import files, mounts, process
 from lxc_pool.client.caller import Caller, check_seconds
 from lxc_pool.errors import ExecFailed, LxcPoolError, UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
@@ -293,6 +293,49 @@ class Container:
                 progress=progress,
             )
 
+    def mount(self, host_path: files.Path, dst: files.Path, readonly: bool = True) -> None:
+        """Mount a file or directory of this side into the running container, until `unmount` or its end.
+
+        This process opens *host_path*, so that nothing can be mounted that its user can't reach, and what is in it
+        stays subject to that user's rights. Files of its own uid and primary gid are root's in the container. Other
+        users and groups are nobody there: what is theirs can be read if everybody may, and not be written. What the
+        container makes belongs to this user. Set-uid bits and device nodes have no effect; what is mounted below
+        *host_path* is not seen. The container can take the mount away, but not make it writable.
+
+        *dst* may be mounted on already: it is covered. If it is missing it is made, missing directories too, and stays
+        when the mount goes. A relative one begins at `/`; links in it are followed inside the container.
+
+        Args:
+            host_path: A directory or regular file, on a file system that can be seen with other owners: ext4, xfs,
+                btrfs, tmpfs (Linux 6.3) and others can, overlay and network file systems mostly not.
+            dst: Where it will be.
+            readonly: Whether the container may only read it. Else code in it writes there as this user: see
+                docs/security.md for what not to mount so.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, OSError: One of the paths is not
+                as it has to be; `filename` is that. EXDEV: this process is in another mount namespace than the
+                service. EOPNOTSUPP: not on that file system.
+            TimeoutError: The file system does not answer.
+            UnknownLease, LeaseExpired: The lease has ended.
+            ExecFailed: The container can't be entered, or has ended meanwhile.
+            TypeError, ValueError: An argument is wrong: *host_path* a device, fifo or socket, *dst* the root directory.
+        """
+        with self._lease_required():
+            mounts.mount(self._mount, host_path, dst, readonly=readonly)
+
+    def unmount(self, dst: files.Path) -> None:
+        """Take the topmost mount off *dst* that `mount` has put there.
+
+        Raises:
+            ValueError: There is none: no mount, one of the container's own or of its profile.
+            OSError: EBUSY: a process in the container has a file open there, or works there.
+            FileNotFoundError, NotADirectoryError, TimeoutError, UnknownLease, LeaseExpired, ExecFailed, TypeError:
+                As `mount`.
+        """
+        with self._lease_required():
+            mounts.unmount(self._launch, dst)
+
     def renew(self, ttl: float) -> None:
         """Let the lease end *ttl* seconds from now.
 
@@ -355,6 +398,10 @@ class Container:
         except ExecFailed:
             self._caller.ask(messages.Inspect(self.name))
             raise
+
+    def _mount(self, destination: bytes, readonly: bool, descriptors: tuple[int, int, int]) -> None:
+        """Hand what is to be mounted to the service."""
+        self._caller.ask(messages.Mount(self.name, destination, readonly), descriptors=descriptors)
 
     def _launch(self, request: ExecRequest, descriptors: tuple[int, int, int, int]) -> None:
         """Hand a command and its descriptors to the service."""

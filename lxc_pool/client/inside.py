@@ -50,6 +50,7 @@ class Inside:
 
         Raises:
             ExecFailed: The container can't be entered, or has ended.
+            OSError, ValueError: What is to be mounted can't be.
             Late: It took too long.
             LxcPoolError: As *launch*.
         """
@@ -78,10 +79,15 @@ class Inside:
             if event is None:
                 raise Late
             if isinstance(event, Failed):
-                raise ExecFailed(f"the container could not be entered: {event.text}")
+                raise _as_error(event)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended, as `subprocess` has it; None: it has not, or nobody knows."""
+        return self._control.returncode
 
     def read(self, buffer: memoryview) -> int:
         """Read what there is, at least a byte; 0 at the end.
@@ -181,7 +187,13 @@ class Inside:
             raise Late
 
 
+def _as_error(event: Failed) -> Exception:
+    if event.stage != "mount":
+        return ExecFailed(f"the container could not be entered: {event.text}")
+    return OSError(event.errno, event.text) if event.errno else ValueError(event.text)
+
+
 def _words(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "the copying was killed: the container has ended, or has no memory left"
-    return f"the process that copied inside ended with status {code} and did not say why; please report it"
+        return "the process inside was killed: the container has ended, or has no memory left"
+    return f"our process inside ended with status {code} and did not say why; please report it"

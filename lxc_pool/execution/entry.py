@@ -18,7 +18,7 @@ import signal
 import stat
 from typing import NamedTuple, NoReturn
 
-from lxc_pool.execution import cgroups, identity, namespaces, operations
+from lxc_pool.execution import cgroups, identity, mounting, namespaces, operations
 from lxc_pool.execution.confinement import Confinement
 from lxc_pool.execution.protocol import ExecRequest, Failed
 
@@ -34,12 +34,14 @@ class Door(NamedTuple):
     """The way into a container.
 
     Attributes:
-        pidfd: The container's init.
+        init_pid: The container's init, which may have ended.
+        pidfd: The same, and never another.
         unified: Whether a command is born in its cgroup; else, in a v1 hierarchy, it has to join it.
         confinement: The walls to put on.
         changed_limits: See `Confinement.changed_limits`.
     """
 
+    init_pid: int
     pidfd: int
     unified: bool
     confinement: Confinement
@@ -65,14 +67,12 @@ def enter_and_exec(
         _arrange_descriptors((*fds, door.pidfd))
         if is_withdrawn(_REPORT):
             raise InterruptedError(errno.EINTR, "withdrawn")
+        if request.operation:
+            own_users = confinement.flags & namespaces.CLONE_NEWUSER
+            operations.prepare(request.argv, door.init_pid, _PIDFD if own_users else None)
         os.setsid()
         confinement.apply_outside(door.changed_limits)
-        namespaces.setns(_PIDFD, confinement.flags)
-        posix.close(_PIDFD)
-        if confinement.flags & namespaces.CLONE_NEWUSER:
-            os.setresgid(0, 0, 0)
-            os.setresuid(0, 0, 0)
-        namespaces.set_undumpable()  # a change of ids may have reset it: fs.suid_dumpable, proc(5)
+        _enter(confinement.flags)
         _replace_null_devices()
         stage, text = "user", f"becoming user {request.user!r}"
         user = identity.load(request.user)
@@ -93,6 +93,8 @@ def enter_and_exec(
             posix.close(_REPORT)  # as execve(2) would: it has begun
             posix._exit(operations.perform(request.argv))  # noqa: SLF001 - as below
         execute(request.argv, environment(request.env, user))
+    except mounting.Refusal as exc:
+        failure = Failed(exc.number, "mount", exc.text)
     except identity.UnknownUser as exc:
         failure = Failed(0, "user", str(exc.args[0]))
     except OSError as exc:
@@ -152,6 +154,16 @@ def _arrange_descriptors(fds: tuple[int, int, int, int, int]) -> None:  # pragma
     for target, source in enumerate(moved):
         posix.dup2(source, target, inheritable=target <= 2)
     namespaces.close_all_except((0, 1, 2, _REPORT, _PIDFD))
+
+
+def _enter(flags: int) -> None:  # pragma: no cover - as above
+    """Enter the container's namespaces, as its root."""
+    namespaces.setns(_PIDFD, flags)
+    posix.close(_PIDFD)
+    if flags & namespaces.CLONE_NEWUSER:
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+    namespaces.set_undumpable()  # a change of ids may have reset it: fs.suid_dumpable, proc(5)
 
 
 def _replace_null_devices() -> None:  # pragma: no cover - as above

@@ -66,6 +66,20 @@ def check_stdio(fd: int) -> None:
     )
 
 
+def check_mountable(fd: int) -> None:
+    """Refuse a descriptor that is more than a name for a file: what it names is looked at where that may take its time.
+
+    Raises:
+        ValueError: It is not one of O_PATH.
+    """
+    try:
+        fine = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
+    except OSError as exc:
+        raise ValueError(f"descriptor {fd} can't be examined: {exc.strerror}") from None
+    if not fine:
+        raise ValueError(f"what is to be mounted has to be opened with O_PATH, descriptor {fd} was not")
+
+
 class Launcher:
     """Start commands in containers.
 
@@ -118,6 +132,24 @@ class Launcher:
             check_stdio(fd)
         _check_control(control)
         self._send(LAUNCH, init_pid, request.encode(), [*stdio, control, init_pidfd])
+
+    def mount(self, request: ExecRequest, descriptors: tuple[int, int, int], init_pidfd: int, init_pid: int) -> None:
+        """Mount something; how that goes, its client learns on *stdout*, and on *control* where it can't be begun.
+
+        Args:
+            request: One for `protocol.MOUNT`.
+            descriptors: What is to be mounted, a pipe, and the control socket; checked here.
+            init_pidfd: As for `launch`.
+            init_pid: As for `launch`.
+
+        Raises:
+            TypeError, ValueError, ExecFailed: As `launch`.
+        """
+        source, stdout, control = descriptors
+        check_mountable(source)
+        check_stdio(stdout)
+        _check_control(control)
+        self._send(LAUNCH, init_pid, request.encode(), [source, stdout, stdout, control, init_pidfd])
 
     def prepare(self, init_pidfd: int, init_pid: int) -> None:
         """Make the first command in a container as quick as the next ones, by joining its cgroups ahead of it.

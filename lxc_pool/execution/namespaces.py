@@ -109,6 +109,11 @@ def set_undumpable() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
+def set_dumpable() -> None:
+    """Undo `set_undumpable`; this process's files in /proc are then its own user's."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
 def die_with_parent(signum: int) -> None:
     """Have the kernel send *signum* to this process when its parent ends; it survives execve(2), not a set-uid one."""
     _prctl(_PR_SET_PDEATHSIG, signum)

@@ -2,6 +2,8 @@
 
  client ── frames ──► stdin   files-in    stdout ── DONE path, or FAILED ──► client
                               files-out   stdout ── frames ────────────────► client
+ mounting.seal ── mount ──►   mount       stdout ── DONE, or FAILED ───────► client
+ mountinfo ──────────────►    unmount     stdout ── DONE, or FAILED ───────► client
 
 It enters as a command does (`entry`), into the same namespaces, cgroup and confinement, but for the pid namespace: for
 as long as it runs it is a copy of our program. In the container's /proc, root of a privileged container, which has
@@ -9,7 +11,8 @@ CAP_SYS_PTRACE, could trace it, undumpable as it is, and open its `exe`: the hos
 nothing runs it any more (CVE-2019-5736). Outside it can be neither seen, traced nor signalled. What it does is done
 with the rights of the container's root alone.
 
-Nothing may be imported any more: the path that modules are looked for in is the container's by now.
+Nothing may be imported any more: the path that modules are looked for in is the container's by now. What has to be done
+before it enters, `prepare` does.
 """
 
 from __future__ import annotations
@@ -22,13 +25,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from lxc_pool.execution import identity, trees
+from lxc_pool.execution import identity, mounting, namespaces, trees
 from lxc_pool.execution.frames import FrameError, FrameReader, FrameWriter, StreamEnd
+from lxc_pool.execution.protocol import MOUNT
 from lxc_pool.execution.tree_sink import Policy, TreeSink
 from lxc_pool.execution.tree_source import send
 
 PARENTS, MERGE = "p", "m"
 """Letters of files-in's third argument: make missing directories; fill a directory that exists."""
+
+READONLY, WRITABLE = "r", "w"
+"""mount's second argument."""
 
 GRACE = 2.0
 """Seconds that an operation has to remove what it has begun, once it is told to end by SIGTERM. Origin: a guess."""
@@ -60,7 +67,7 @@ def perform(argv: Sequence[str]) -> int:
 
     Args:
         argv: `files-in`, the destination, the name in it, letters of options, the owner or nothing;
-            or `files-out` and the source.
+            `files-out` and the source; `mount` and the destination, with more for `prepare`; `unmount` and that.
     """
     frames = FrameWriter(_write)
     try:
@@ -70,6 +77,10 @@ def perform(argv: Sequence[str]) -> int:
             if argv[0] == "files-in":
                 _, destination, name, options, owner = argv
                 path = _files_in(_encoded(destination), _encoded(name), options, owner)
+            elif argv[0] == MOUNT:
+                mounting.attach(_INPUT, _encoded(argv[1]))
+            elif argv[0] == "unmount":
+                mounting.detach(_all_of(_INPUT), _encoded(argv[1]))
             else:
                 send(_encoded(argv[1]), frames, _Silent())
         except OSError as exc:
@@ -83,6 +94,37 @@ def perform(argv: Sequence[str]) -> int:
     except BaseException:  # noqa: BLE001 - there is nobody to tell: a fork must not return, and stderr is the client's
         return _BROKEN
     return 0
+
+
+def prepare(argv: Sequence[str], init_pid: int, user_namespace: int | None) -> None:
+    """Do what an operation needs outside, as root of the host; the result takes the place of its stdin.
+
+    The stdin of `mount` is what is to be mounted (O_PATH); that of all other operations, a pipe.
+
+    Args:
+        argv: `mount`, the destination, `READONLY` or `WRITABLE`, and the caller's uid and gid; or as for `perform`.
+        init_pid: The container's init. Whether it still was that, entering will show.
+        user_namespace: A pidfd of it, if the container has a user namespace of its own.
+
+    Raises:
+        mounting.Refusal: It can't be done.
+    """
+    if argv[0] not in (MOUNT, "unmount"):
+        return
+    mounting.limit_time()
+    namespaces.die_with_parent(signal.SIGKILL)  # again at the end: it does not outlast the changes of ids
+    try:
+        if argv[0] == "unmount":
+            result = os.open(f"/proc/{init_pid}/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            _, _, access, uid, gid = argv
+            caller = mounting.Owner(int(uid), int(gid))
+            result = mounting.seal(_INPUT, readonly=access == READONLY, caller=caller, container=user_namespace)
+        os.dup2(result, _INPUT, inheritable=False)
+        os.close(result)
+    except OSError as exc:
+        text = f"what it takes outside the container can't be done: {exc.strerror}"
+        raise mounting.Refusal(exc.errno or errno.EIO, text) from None
 
 
 def _files_in(destination: bytes, name: bytes, options: str, owner: str) -> bytes:
@@ -124,6 +166,11 @@ def _withdrawable() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, _WITHDRAWAL)
+
+
+def _all_of(fd: int) -> bytes:
+    with open(fd, "rb") as file:
+        return file.read()
 
 
 def _read(buffer: memoryview) -> int:

@@ -30,11 +30,15 @@ _COMMAND, _OPERATION = b"lxe1", b"lxo1"  # magics
 _STARTED, _FAILED, _EXITED, _SIGNAL, _KILL_TREE = range(1, 6)
 _NUMBER = struct.Struct("<Bi")
 _FAILURE = struct.Struct("<BiB")
-OPERATIONS = ("files-in", "files-out")
+OPERATIONS = ("files-in", "files-out", "unmount")
 """What a request can ask for beside a program: what a process of ours does inside, see `operations`."""
 
-STAGES = ("exec", "cwd", "user", "enter", "kill")
-"""Where a command failed: finding or executing it, its cwd, its user, entering the container, being killed."""
+MOUNT = "mount"
+"""Another operation, which the service alone asks for: the request says who its client is."""
+
+STAGES = ("exec", "cwd", "user", "enter", "kill", "mount")
+"""Where a command failed: finding or executing it, its cwd, its user, entering the container, being killed, what has
+to be done outside for a mount."""
 
 
 class ProtocolError(ValueError):
@@ -49,7 +53,7 @@ class ExecRequest(NamedTuple):
         env: Variables set beside, or instead of, the default PATH, HOME, USER and LANG.
         cwd: Where the command starts, inside the container.
         user: `name`, `uid`, `name:group`, `uid:gid`, or a mixture; None for root.
-        operation: argv[0] is no program, but one of `OPERATIONS`.
+        operation: argv[0] is no program, but one of `OPERATIONS`, or `MOUNT`.
     """
 
     argv: tuple[str, ...]
@@ -89,7 +93,7 @@ class ExecRequest(NamedTuple):
 
     @classmethod
     def for_operation(cls, *args: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> ExecRequest:
-        """Make a request for one of `OPERATIONS` and its arguments.
+        """Make a request for one of `OPERATIONS`, or `MOUNT`, and its arguments.
 
         Raises:
             TypeError: An argument is neither text nor a path.
@@ -116,8 +120,8 @@ class ExecRequest(NamedTuple):
         return header + body
 
     @classmethod
-    def decode(cls, data: bytes) -> ExecRequest:
-        """Read what `encode` wrote; *data* may come from an untrusted client.
+    def decode(cls, data: bytes, *, trusted: bool = False) -> ExecRequest:
+        """Read what `encode` wrote; *data* may come from an untrusted client, unless *trusted*: then from the service.
 
         Raises:
             ProtocolError: It is not an encoded request.
@@ -128,7 +132,7 @@ class ExecRequest(NamedTuple):
         parts = data[_HEADER.size :].decode("utf-8", "surrogateescape").split("\0")
         if magic not in (_COMMAND, _OPERATION) or argc < 1 or has_user > 1 or len(parts) != 2 + argc + 2 * envc:
             raise ProtocolError("not an encoded request")
-        if magic == _OPERATION and parts[2] not in OPERATIONS:
+        if magic == _OPERATION and parts[2] not in OPERATIONS and not (trusted and parts[2] == MOUNT):
             raise ProtocolError(f"unknown operation {parts[2][:40]!r}")
         env = dict(zip(parts[2 + argc :: 2], parts[3 + argc :: 2], strict=True))
         if any(not name or "=" in name for name in env):
@@ -207,7 +211,7 @@ class KillTree(NamedTuple):
 
 
 def is_operation(request: bytes) -> bool:
-    """Tell whether an encoded request asks for one of `OPERATIONS`."""
+    """Tell whether an encoded request asks for an operation."""
     return request.startswith(_OPERATION)
 
 

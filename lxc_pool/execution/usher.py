@@ -68,7 +68,7 @@ def _go_ahead(init_pid: int, pidfd: int, where: cgroups.Membership) -> entry.Doo
         confinement.apply_to_usher()
     except OSError as exc:
         return exc
-    return entry.Door(pidfd, where.unified, confinement, confinement.changed_limits())
+    return entry.Door(init_pid, pidfd, where.unified, confinement, confinement.changed_limits())
 
 
 def _serve(packet: tuple[bytes, list[int]], door: entry.Door | OSError) -> None:
@@ -77,10 +77,11 @@ def _serve(packet: tuple[bytes, list[int]], door: entry.Door | OSError) -> None:
     try:
         if isinstance(door, OSError):
             raise door
-        request = ExecRequest.decode(payload)
+        request = ExecRequest.decode(payload, trusted=True)
         if entry.is_withdrawn(report):
             raise InterruptedError(errno.EINTR, "withdrawn")
-        _open_up((stdin, stdout, stderr))
+        # what is to be mounted is no stream, and looking at it may take for ever
+        _open_up((stdout,) if request.operation else (stdin, stdout, stderr))
         pid = _fork(cgroup, door, outside=request.operation)
         if not pid:
             entry.enter_and_exec(request, (stdin, stdout, stderr, report), cgroup, door)
@@ -121,7 +122,7 @@ def _fork(cgroup: int, door: entry.Door, *, outside: bool) -> int:
     return pid
 
 
-def _open_up(streams: tuple[int, int, int]) -> None:
+def _open_up(streams: tuple[int, ...]) -> None:
     """Let the command open its own streams again, as `>/dev/stderr` does.
 
     A pipe belongs to the client's user alone, whom a container does not know. Who else could reach a pipe's inode, by

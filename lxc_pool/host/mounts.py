@@ -1,42 +1,15 @@
-"""Mount calls that Python's standard library does not have.
-
-Source: open_tree(2), mount_setattr(2), move_mount(2), umount2(2); numbers from Linux include/uapi.
-"""
+"""Mounts for the making of containers, in a worker's mount namespace of its own; see `mount_calls`."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
-"""System calls; the same on all architectures since they were added after the tables were unified."""
-
-_OPEN_TREE_CLONE = 1
-_OPEN_TREE_CLOEXEC = os.O_CLOEXEC
-_MOVE_MOUNT_F_EMPTY_PATH = 4
-_AT_EMPTY_PATH = 0x1000
-_AT_FDCWD = -100
-_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
-_MOUNT_ATTR_IDMAP = 0x00100000
-_MNT_DETACH = 2
-_MS_REC, _MS_SLAVE = 0x4000, 0x80000
-MS_NODEV = 4
-_CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _MountAttr(ctypes.Structure):
-    _fields_ = (
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    )
+from lxc_pool.host import mount_calls
+from lxc_pool.host.mount_calls import CLONE_NEWNS, CLONE_NEWUSER, NODEV, RDONLY, REC, SLAVE
 
 
 def enter_private_namespace() -> None:
@@ -45,8 +18,8 @@ def enter_private_namespace() -> None:
     Raises:
         OSError: The kernel refused.
     """
-    _check(_libc.unshare(_CLONE_NEWNS), "unshare")
-    _check(_libc.mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None), "mount")
+    mount_calls.unshare(CLONE_NEWNS)
+    mount_calls.mount("none", "/", flags=REC | SLAVE)
 
 
 def mount_idmapped(source: Path, target: Path, user_namespace: int) -> None:
@@ -55,13 +28,10 @@ def mount_idmapped(source: Path, target: Path, user_namespace: int) -> None:
     Raises:
         OSError: The kernel or the file system can't (Linux 5.12, and 5.19 under an overlay).
     """
-    attributes = _MountAttr(_MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_IDMAP, 0, 0, user_namespace)
-    tree = _call(_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC, path=source)
+    tree = mount_calls.clone_tree(os.fspath(source))
     try:
-        _call(
-            _MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, ctypes.byref(attributes), ctypes.sizeof(attributes), path=source
-        )
-        _call(_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH, path=target)
+        mount_calls.set_attributes(tree, RDONLY | NODEV, user_namespace=user_namespace)
+        mount_calls.attach_tree(tree, os.fspath(target))
     finally:
         os.close(tree)
 
@@ -72,7 +42,7 @@ def mount(kind: str, target: Path, options: str, flags: int = 0) -> None:
     Raises:
         OSError: The kernel refused.
     """
-    _check(_libc.mount(kind.encode(), os.fsencode(target), kind.encode(), flags, options.encode()), f"{kind} {target}")
+    mount_calls.mount(kind, os.fspath(target), options, flags)
 
 
 @contextmanager
@@ -95,13 +65,18 @@ def unmount(target: Path) -> None:
     Raises:
         OSError: There is none, or the kernel refused.
     """
-    _check(_libc.umount2(os.fsencode(target), _MNT_DETACH), f"umount {target}")
+    mount_calls.unmount(os.fspath(target), mount_calls.DETACH)
 
 
-def make_user_namespace(first: int, size: int) -> int:
-    """Return a descriptor of a new user namespace that maps 0 to *first*, and so on; it lives as long as that is open.
+def make_user_namespace(first: int, size: int, inside: tuple[int, int] = (0, 0)) -> int:
+    """Return a descriptor of a new user namespace; it lives as long as that is open.
 
     To be called from a process of one thread: it forks.
+
+    Args:
+        first: The id outside that the first one inside is mapped to.
+        size: How many are, one after the other.
+        inside: The first uid and gid inside.
 
     Raises:
         OSError: The kernel refused.
@@ -111,28 +86,21 @@ def make_user_namespace(first: int, size: int) -> int:
     pid = os.fork()
     if pid == 0:  # pragma: no cover  # a process without anything of ours, that coverage can't see
         os.close(done_write)
-        os.write(ready_write, bytes([_libc.unshare(_CLONE_NEWUSER) & 0xFF]))
-        os.read(done_read, 1)
-        os._exit(0)
+        try:
+            mount_calls.unshare(CLONE_NEWUSER)
+            os.write(ready_write, b"\0")
+            os.read(done_read, 1)
+        finally:
+            os._exit(0)
     os.close(done_read)
+    os.close(ready_write)
     try:
         if os.read(ready_read, 1) != b"\0":
             raise OSError(errno.EPERM, "can't make a user namespace")
-        for kind in ("uid_map", "gid_map"):
-            Path(f"/proc/{pid}/{kind}").write_text(f"0 {first} {size}", encoding="ascii")
+        for kind, begin in zip(("uid_map", "gid_map"), inside, strict=True):
+            Path(f"/proc/{pid}/{kind}").write_text(f"{begin} {first} {size}", encoding="ascii")
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        for descriptor in (ready_read, ready_write, done_write):
+        for descriptor in (ready_read, done_write):
             os.close(descriptor)
         os.waitpid(pid, 0)
-
-
-def _call(number: int, *arguments: object, path: Path) -> int:
-    return _check(_libc.syscall(number, *arguments), str(path))
-
-
-def _check(result: int, what: str) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what)
-    return result

@@ -32,6 +32,7 @@ class Peer:
     """The process that opened a connection, and whom it ran as then.
 
     Attributes:
+        gid: Its primary group.
         groups: Its groups, the supplementary ones too.
         program: What it calls itself, for the log: its own word.
         is_admin: Whether it may shut the service down, resize and drain the pool, and see and touch all leases.
@@ -39,6 +40,7 @@ class Peer:
 
     process: ProcessIdentity
     uid: int
+    gid: int
     groups: frozenset[int]
     program: str
     is_admin: bool
@@ -99,7 +101,7 @@ class Policy:
         except (ProcessLookupError, FileNotFoundError) as error:
             raise AccessDenied(f"process {pid}, which opened the connection, has ended") from error
         printable = "".join(character if character.isprintable() else "?" for character in program)
-        return Peer(process, uid, frozenset({gid, *_peer_groups(sock)}), printable, uid in self._admins)
+        return Peer(process, uid, gid, frozenset({gid, *_peer_groups(sock)}), printable, uid in self._admins)
 
     def require_user(self, peer: Peer) -> None:
         """Refuse whoever may not use the service at all.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from lxc_pool.config import Config
 from lxc_pool.errors import AccessDenied, LeaseExpired, QuotaExceeded
 from lxc_pool.execution.launcher import Launcher, check_stdio
-from lxc_pool.execution.protocol import ExecRequest, ProtocolError
+from lxc_pool.execution.operations import READONLY, WRITABLE
+from lxc_pool.execution.protocol import MOUNT, ExecRequest, ProtocolError
 from lxc_pool.host import addresses
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.service import trail
@@ -121,6 +123,8 @@ class PoolService:
                 return self._administer(caller.peer, call)
             case messages.Hello():
                 raise ValueError("hello comes first, and once")
+            case messages.Mount():
+                return self._mount(caller.peer, call, descriptors)
             case _:
                 return self._answer_holder(caller.peer.lease_scope, call, descriptors)
 
@@ -265,17 +269,47 @@ class PoolService:
             request = ExecRequest.decode(call.request)
         except ProtocolError as error:
             raise ValueError(f"not a command: {error}") from error
+        stdin, stdout, stderr, control = descriptors
+        with self._init(call.name, scope) as (pidfd, pid):
+            self._launcher.launch(request, (stdin, stdout, stderr), control, pidfd, pid)
+
+    def _mount(self, peer: Peer, call: messages.Mount, descriptors: list[int]) -> None:
+        if len(descriptors) != 3:
+            raise ValueError(
+                f"a mount needs its source, a pipe and a control socket, not {len(descriptors)} descriptors"
+            )
+        source, stdout, control = descriptors
+        access = READONLY if call.readonly else WRITABLE
+        # By the kernel's word who is at the other end, not the client's: whose files these are depends on it.
+        request = ExecRequest.for_operation(MOUNT, call.dst, access, str(peer.uid), str(peer.gid))
+        with self._init(call.name, peer.lease_scope) as (pidfd, pid):
+            self._launcher.mount(request, (source, stdout, control), pidfd, pid)
+        speak, left_out = (True, 0) if peer.is_admin else self.quietly.may_speak(peer.uid)
+        if speak:
+            trail.record(
+                "mount",
+                name=call.name,
+                uid=peer.uid,
+                pid=peer.process.pid,
+                program=peer.program,
+                host_path=os.readlink(f"/proc/self/fd/{source}"),
+                dst=os.fsdecode(call.dst),
+                access="read-only" if call.readonly else "writable",
+                left_out=left_out or None,
+            )
+
+    @contextlib.contextmanager
+    def _init(self, name: str, scope: int | None) -> Iterator[tuple[int, int]]:
+        """Have a pidfd of a leased container's init, and its pid, for the time of a `with`."""
         pids: list[int] = []
 
         def hold(init: Watched) -> int:
             pids.append(init.identity.pid)
             return os.dup(init.descriptor)
 
-        pidfd = self._pool.with_init(call.name, scope, hold)
+        pidfd = self._pool.with_init(name, scope, hold)
         try:
-            self._launcher.launch(
-                request, (descriptors[0], descriptors[1], descriptors[2]), descriptors[3], pidfd, pids[0]
-            )
+            yield pidfd, pids[0]
         finally:
             os.close(pidfd)
 

@@ -1,4 +1,4 @@
-"""The trail: one line for every lease, end of a lease, and refusal: who, what, why, for how long.
+"""The trail: one line for every lease, end of a lease, mount and refusal: who, what, why, for how long.
 
 Never the key, and nothing of a command but who ran it where. What comes from outside is quoted, so that it can't make a
 line of its own.
@@ -19,7 +19,8 @@ def record(event: str, **fields: object) -> None:
     """Write one line; fields that are None are left out.
 
     Args:
-        event: `lease`, `end` (of a lease, by which its container is reaped), `reap` (of one without), `refusal`.
+        event: `lease`, `end` (of a lease, by which its container is reaped), `reap` (of one without), `mount` (that it
+            was asked for), `refusal`.
         **fields: What is to be known of it.
     """
     known = {key: _bounded(value) for key, value in fields.items() if value is not None}

@@ -149,6 +149,19 @@ class Execute(Call, frozen=True, tag="execute"):
     """An encoded `execution.protocol.ExecRequest`, which may hold what no msgpack string can: any bytes but NUL."""
 
 
+class Mount(Call, frozen=True, tag="mount"):
+    """Mount something of the client's on *dst* in the leased container *name*.
+
+    Beside it come three descriptors: what is to be mounted, opened with O_PATH; a pipe for the answer; the control
+    socket as for `Execute`.
+    """
+
+    name: str
+    dst: bytes
+    """An absolute path of the container: any bytes but NUL."""
+    readonly: bool
+
+
 class Resize(Call, frozen=True, tag="resize"):
     """Change the number of warm containers."""
 
@@ -170,7 +183,7 @@ class Shutdown(Call, frozen=True, tag="shutdown"):
     keep_leases: bool
 
 
-LeaseCall = Release | Inspect | Addresses | ConsoleLog | Renew | Keep | Execute
+LeaseCall = Release | Inspect | Addresses | ConsoleLog | Renew | Keep | Execute | Mount
 """What the holder of a lease asks."""
 
 AdminCall = Resize | Drain | Resume | Shutdown

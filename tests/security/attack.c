@@ -308,6 +308,55 @@ static int streams(void) {
     return 0;
 }
 
+#ifndef SYS_open_tree
+#define SYS_open_tree 428
+#define SYS_move_mount 429
+#define SYS_mount_setattr 442
+#endif
+
+struct attributes { unsigned long long set, clear, propagation, user_namespace; };
+
+static long change(int directory, const char *path, unsigned long long clear) {
+    struct attributes wanted = {0, clear, 0, 0};
+    return syscall(SYS_mount_setattr, directory, path, *path ? 0 : AT_EMPTY_PATH, &wanted, sizeof wanted);
+}
+
+/* Change what is fixed about a mount, by every call that can. */
+static void loosen(const char *where, const char *path) {
+    static const struct { const char *name; unsigned long flag; } flags[] = {
+        {"rdonly", MS_RDONLY}, {"nosuid", MS_NOSUID}, {"nodev", MS_NODEV}};
+    char what[128];
+    for (int i = 0; i < 3; i++) {
+        unsigned long others = (MS_RDONLY | MS_NOSUID | MS_NODEV) & ~flags[i].flag;
+        snprintf(what, sizeof what, "%s_remount_%s", where, flags[i].name);
+        say(what, mount(NULL, path, NULL, MS_REMOUNT | MS_BIND | others, NULL));
+        snprintf(what, sizeof what, "%s_setattr_%s", where, flags[i].name);
+        say(what, change(AT_FDCWD, path, flags[i].flag));
+        int tree = syscall(SYS_open_tree, AT_FDCWD, path, 1 /* OPEN_TREE_CLONE */);
+        snprintf(what, sizeof what, "%s_clone_%s", where, flags[i].name);
+        say(what, tree < 0 ? -1 : change(tree, "", flags[i].flag));
+    }
+    snprintf(what, sizeof what, "%s_superblock", where);
+    say(what, mount(NULL, path, NULL, MS_REMOUNT, NULL));
+    /* Whose files these are: seen through a user namespace of the attacker's own. */
+    struct attributes owners = {0x00100000 /* MOUNT_ATTR_IDMAP */, 0, 0, open("/proc/self/ns/user", O_RDONLY)};
+    int tree = syscall(SYS_open_tree, AT_FDCWD, path, 1);
+    snprintf(what, sizeof what, "%s_owners", where);
+    say(what, tree < 0 ? -1 : syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &owners, sizeof owners));
+}
+
+static int loosened(const char *path) {
+    loosen("plain", path);
+    mkdir("/elsewhere", 0755);
+    close(open("/elsewhere.file", O_CREAT | O_WRONLY, 0644));
+    struct stat status;
+    const char *other = stat(path, &status) == 0 && S_ISDIR(status.st_mode) ? "/elsewhere" : "/elsewhere.file";
+    if (mount(path, other, NULL, MS_BIND, NULL) == 0) loosen("bound", other);
+    if (unshare(CLONE_NEWNS) == 0) loosen("namespace", path);
+    if (unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0) loosen("nested", path);
+    return 0;
+}
+
 static int effective(void) {
     printf("uid=%d\n", (int)geteuid());
     return 0;
@@ -330,6 +379,7 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "terminal")) return terminal();
     if (!strcmp(what, "lurk")) return lurk(atoi(argv[2]));
     if (!strcmp(what, "nested")) return nested();
+    if (!strcmp(what, "loosen")) return loosened(argv[2]);
     if (!strcmp(what, "effective")) return effective();
     if (!strcmp(what, "streams")) return streams();
     fprintf(stderr, "attack: nothing called '%s'\n", what);

@@ -117,6 +117,7 @@ CALLS: st.SearchStrategy[messages.Call] = st.one_of(
     st.builds(messages.Renew, _names, _seconds),
     st.builds(messages.Keep, _names, _seconds),
     *[st.builds(messages.Execute, _names, _commands)] * 2,
+    st.builds(messages.Mount, _names, st.binary(max_size=20), st.booleans()),
     st.builds(messages.Resize, _numbers),
     st.just(messages.Drain()),
     st.just(messages.Resume()),
@@ -390,7 +391,7 @@ def target() -> Iterator[Target]:
     complaints = _Complaints()
     root = logging.getLogger()
     root.addHandler(complaints)
-    user = Peer(identify(os.getpid()), USER, frozenset({0}), "fuzz", is_admin=False)
+    user = Peer(identify(os.getpid()), USER, USER, frozenset({0}), "fuzz", is_admin=False)
     config = functools.partial(Config, max_calls=1_000_000)
     with (
         # Not with return_value: a Mock remembers each of its calls.

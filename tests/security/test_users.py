@@ -248,7 +248,7 @@ def test_a_pid_that_is_given_to_another_process_while_it_is_looked_at_is_no_owne
     before = dataclasses.replace(ours, start_ticks=ours.start_ticks - 1)
     looks = iter([before, ours])
     monkeypatch.setattr(access, "identify", lambda _pid: next(looks))
-    peer = access.Peer(ours, os.getuid(), frozenset(), "x", is_admin=False)
+    peer = access.Peer(ours, os.getuid(), os.getgid(), frozenset(), "x", is_admin=False)
     with pytest.raises(ValueError, match="living process"):
         access.owner_of(peer, os.getpid())
 

@@ -25,7 +25,7 @@ from tests.support.processes import NOBODY, in_child, sleeper
 
 def peer(uid: int | None = None, *groups: int) -> Peer:
     uid = os.geteuid() if uid is None else uid
-    return Peer(identify(os.getpid()), uid, frozenset(groups), "pytest", uid in (0, os.geteuid()))
+    return Peer(identify(os.getpid()), uid, 0, frozenset(groups), "pytest", uid in (0, os.geteuid()))
 
 
 def policy(text: str = "") -> Policy:
@@ -226,7 +226,7 @@ def test_a_peer_with_pids_of_its_own_may_name_none() -> None:
         try:
             while not (children := psutil.Process(parent.pid).children()):
                 time.sleep(0.001)  # it has to fork first
-            confined = Peer(identify(children[0].pid), 0, frozenset(), "sleep", is_admin=True)
+            confined = Peer(identify(children[0].pid), 0, 0, frozenset(), "sleep", is_admin=True)
             with pytest.raises(AccessDenied, match="pid namespace of its own"):
                 owner_of(confined, os.getpid())
             assert owner_of(confined, None) == confined.process

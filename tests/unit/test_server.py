@@ -330,7 +330,7 @@ def as_user(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let connections be those of another uid from now on."""
 
     def become(uid: int) -> None:
-        someone = Peer(identify(os.getpid()), uid, frozenset({0}), "somebody", uid == 0)
+        someone = Peer(identify(os.getpid()), uid, 0, frozenset({0}), "somebody", uid == 0)
         monkeypatch.setattr(Policy, "peer_of", lambda _policy, _sock: someone)
         monkeypatch.setattr(Policy, "require_user", lambda _policy, _peer: None)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lxc_pool.backend.protocol import Blueprint
-from lxc_pool.host import mounts
+from lxc_pool.host import mount_calls, mounts
 
 _DISK = "disk"
 
@@ -62,5 +62,5 @@ def mounted(blueprint: Blueprint, directory: Path, user_namespace: int | None, o
         options = f"lowerdir={image},upperdir={disk}/delta,workdir={disk}/work"
         # No devices: a node in an imported image would be the host's device. The container can't undo what was so when
         # its user namespace came; liblxc binds its own nodes over /dev.
-        mounts.mount("overlay", path(directory), options, mounts.MS_NODEV)
+        mounts.mount("overlay", path(directory), options, mount_calls.NODEV)
         yield

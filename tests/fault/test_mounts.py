@@ -1,0 +1,222 @@
+"""Whatever dies while something is mounted into a container: nothing is left on the host, and the container goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lxc_pool import Container, LxcPoolError
+from tests.support.faults import FaultyService
+from tests.support.oracle import assert_healed
+from tests.support.waiting import eventually
+
+CONFIG = "[pool]\nsize = 1\nworkers = 1\n"
+
+MOUNT_WHAT_HANGS = """
+    import os
+    from lxc_pool.client import mounts
+    from lxc_pool.execution.protocol import ExecRequest
+
+    source = os.open({path!r}, os.O_PATH)
+    container = pool.container({name!r})
+    container.run(["true"], check=True)  # whoever serves its commands is there
+
+    def launch(_request, fds):
+        container._mount(b"/mnt/x", True, (source, fds[1], fds[3]))
+
+    print("begun", flush=True)
+    try:
+        mounts._perform(launch, ExecRequest.for_operation("unmount", "/mnt/x"), "x")
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    else:
+        print("mounted", flush=True)
+"""
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[Path]:
+    """A directory on a file system whose server never answers."""
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        pytest.skip(f"needs a file system that hangs, by FUSE: {error}")
+    path = tmp_path / "hanging"
+    path.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other"
+    try:
+        assert libc.mount(b"hanging", os.fsencode(path), b"fuse", 0, options.encode()) == 0, ctypes.get_errno()
+        try:
+            yield path
+        finally:
+            assert libc.umount2(os.fsencode(path), 2) == 0
+    finally:
+        os.close(device)
+
+
+@pytest.fixture(scope="module")
+def module_service(images: Path) -> Iterator[FaultyService]:
+    service = FaultyService(images)
+    try:
+        service.start(config=CONFIG)
+        yield service
+    finally:
+        service.close()
+
+
+@pytest.fixture
+def service(module_service: FaultyService) -> FaultyService:
+    """The module's service, which runs."""
+    if module_service.process is None:
+        module_service.launch(config=CONFIG)
+        module_service.await_ready()
+    return module_service
+
+
+@pytest.fixture
+def leased(service: FaultyService) -> Iterator[Container]:
+    """A container; when the test is over the pool is whole, and the host has the mounts that it had."""
+    before = host_mounts()
+    pool = service.connect()
+    with pool.lease("mounts", timeout=30) as container:
+        yield container
+        assert "/mnt/x" not in Path(f"/proc/{container.init_pid}/mountinfo").read_text()
+        assert container.run(["true"]).returncode == 0
+    assert_healed(service, pool)
+    assert host_mounts() == before
+
+
+def host_mounts() -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return sorted(line.split(" - ")[0] for line in lines if "/hanging" not in line)
+
+
+def restart(service: FaultyService) -> None:
+    service.wait()
+    service.launch(config=CONFIG)
+    service.await_ready()
+
+
+def working(service: FaultyService) -> list[int]:
+    """Return the processes in cgroups of commands in this service's containers."""
+    found: list[int] = []
+    for directory in service.cgroups("lxc_pool."):
+        if f"lxp-{service.instance}" not in directory:
+            continue
+        with contextlib.suppress(OSError):  # it has ended just now
+            found += map(int, Path(directory, "cgroup.procs").read_text().split())
+    return sorted(set(found))
+
+
+def find(service: FaultyService, who: str) -> int:
+    """Return the pid of one of those through whose hands a mount goes, while one is under way."""
+    (worker,) = working(service)
+    supervisor = psutil.Process(worker).parent()
+    assert supervisor is not None
+    (usher,) = [child.pid for child in supervisor.children() if child.pid != worker]
+    agent = supervisor.parent()
+    assert agent is not None
+    pids = {"worker": worker, "usher": usher, "supervisor": supervisor.pid, "agent": agent.pid, "service": service.pid}
+    return pids[who]
+
+
+@pytest.mark.parametrize("victim", ["worker", "usher", "supervisor", "agent", "service", "client"])
+def test_whoever_dies_meanwhile_leaves_nothing(
+    service: FaultyService, leased: Container, hanging: Path, victim: str
+) -> None:
+    with service.client(MOUNT_WHAT_HANGS.format(path=str(hanging), name=leased.name)) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "begun\n"
+        eventually(lambda: working(service), "it is under way")
+        if victim == "client":
+            client.kill()
+        else:
+            os.kill(find(service, victim), signal.SIGKILL)
+        if victim == "service":
+            restart(service)
+        elif victim in ("worker", "supervisor"):
+            assert "ExecFailed" in client.stdout.readline()
+        if victim in ("usher", "agent", "service"):  # it goes on without them, until its client goes
+            assert working(service)
+            client.kill()
+    eventually(lambda: not working(service), "nothing is under way any more")
+
+
+def test_it_has_a_deadline(service: FaultyService, leased: Container, hanging: Path) -> None:
+    """The alarm rings ahead of time here; `tests/unit/test_mounting` sees that it is set."""
+    with service.client(MOUNT_WHAT_HANGS.format(path=str(hanging), name=leased.name)) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "begun\n"
+        eventually(lambda: working(service), "it is under way")
+        os.kill(find(service, "worker"), signal.SIGALRM)
+        assert client.stdout.readline().startswith("TimeoutError")
+    assert working(service) == []
+
+
+def test_a_hanging_file_system_holds_up_no_other_command(
+    service: FaultyService, leased: Container, hanging: Path
+) -> None:
+    with service.client(MOUNT_WHAT_HANGS.format(path=str(hanging), name=leased.name)) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "begun\n"
+        eventually(lambda: working(service), "it is under way")
+        assert leased.run(["echo", "x"], capture_output=True, timeout=30).stdout == b"x\n"
+        assert client.poll() is None
+    eventually(lambda: not working(service), "nothing is under way any more")
+
+
+def test_killed_wherever_it_is_a_mount_is_there_or_not(
+    service: FaultyService, leased: Container, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("words\n")
+    leased.run(["true"], check=True)
+    before = host_mounts()
+    done = threading.Event()
+
+    def kill_all() -> None:
+        while not done.is_set():
+            for pid in working(service):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    failures = 0
+    try:
+        for _ in range(20):
+            try:
+                leased.mount(tmp_path, "/mnt/x")
+            except (LxcPoolError, OSError):
+                failures += 1
+    finally:
+        done.set()
+        killer.join()
+    assert failures
+    assert host_mounts() == before
+    while "/mnt/x" in Path(f"/proc/{leased.init_pid}/mountinfo").read_text():
+        assert leased.run(["cat", "/mnt/x/file"], capture_output=True).stdout == b"words\n"
+        leased.unmount("/mnt/x")
+    leased.mount(tmp_path, "/mnt/x")
+    leased.unmount("/mnt/x")
+
+
+def test_a_mount_outlives_the_service_and_the_next_one_takes_it_away(
+    service: FaultyService, leased: Container, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("words\n")
+    leased.mount(tmp_path, "/mnt/x")
+    service.kill()
+    service.launch(config=CONFIG)
+    service.await_ready()
+    assert leased.run(["cat", "/mnt/x/file"], stdout=subprocess.PIPE).stdout == b"words\n"
+    leased.unmount("/mnt/x")
