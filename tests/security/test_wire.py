@@ -457,4 +457,4 @@ def test_a_service_whose_backlog_is_full_is_said_to_be_busy(open_path: Path) -> 
         began = time.monotonic()
         with pytest.raises(ServiceUnavailable):
             PoolManager.connect(open_path, timeout=0.3)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20

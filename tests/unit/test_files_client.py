@@ -197,7 +197,7 @@ def test_an_endless_stream_meets_the_deadline(supervisors: Supervisors, tmp_path
     with pytest.raises(TimeoutError) as caught:
         files.pull(supervisors.launching(endless), "/x", tmp_path / "out", timeout=0.2)
     assert caught.value.filename == "/x"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert os.listdir(tmp_path) == []
 
 
