@@ -20,6 +20,8 @@ from benchmarks.plan import QUICK
 from benchmarks.report import Claim, Figure, Outcome, Report, Sense
 from benchmarks.stats import Summary, percentile, ratio_of_medians
 
+pytestmark = pytest.mark.host
+
 needs_lxc = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("lxc-start") is None, reason="needs root and lxc")
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,8 @@ from tests.support import debian, real_service
 from tests.support.real_service import Service
 from tests.support.waiting import eventually
 
-pytestmark = pytest.mark.timeout(600)  # seconds: the first one builds the image, which takes 20 on an idle machine
+# Seconds: the first one builds the image, which takes 20 on an idle machine.
+pytestmark = [pytest.mark.host, pytest.mark.timeout(600)]
 
 CONFIG = """\
 [pool]

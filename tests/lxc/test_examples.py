@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.real_service import ROOT, Service
 
+pytestmark = pytest.mark.host
+
 TIMEOUT = 110.0
 """Seconds for the whole suite; a guess, it takes ten."""
 

@@ -24,6 +24,8 @@ import pytest
 
 from tests.support.real_service import ROOT, Service
 
+pytestmark = pytest.mark.host
+
 GUIDE = ROOT / "docs" / "guide.md"
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TIMEOUT = 60.0

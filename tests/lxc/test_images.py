@@ -7,9 +7,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from lxc_pool.images.store import ImageStore
 from tests.support.real_service import Service
 from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.host
 
 
 def versions(service: Service) -> list[str]:

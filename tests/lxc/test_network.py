@@ -18,6 +18,8 @@ from tests.support.netlab import ANSWER, FAR, PORT, UPLINK, NetLab
 from tests.support.real_service import Service
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.host
+
 CONFIG = f"""\
 [pool]
 workers = 2
