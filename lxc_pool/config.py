@@ -41,7 +41,25 @@ _MOST_RESOLVERS = 3
 
 _BRIDGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
 
+_KERNELS_OWN = ("/proc", "/sys", "/dev")
+"""What is mounted in each container anyhow, over whatever was there."""
+
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MountConfig:
+    """A file or directory of the host's that each container of a profile has.
+
+    Attributes:
+        host_path: Where it is on the host: an absolute path.
+        dst: Where it is in the container: as before; below none of another, and no link of the image's is in it.
+        readonly: Whether it can be read only.
+    """
+
+    host_path: str
+    dst: str
+    readonly: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +76,7 @@ class ProfileConfig:
         network: "empty": loopback alone; "bridge": an address of its own on the pool's bridge, see `NetworkConfig`.
         reach: What of `REACHABLE` it reaches over the bridge.
         disk: Bytes that it may write to its root file system, which are kept in memory and count there too.
+        mounts: What of the host each container has.
         allow: Users and, with `@` before them, groups that may have such containers; None: everybody who may use the
             service, but administrators alone if it is privileged.
         probe: A command that has to succeed inside before the container counts as warm; empty: that its init has
@@ -77,6 +96,7 @@ class ProfileConfig:
     disk: int = 512 << 20
     allow: tuple[str, ...] | None = None
     reach: tuple[str, ...] = ()
+    mounts: tuple[MountConfig, ...] = ()
 
     @property
     def recipe(self) -> str:
@@ -279,7 +299,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
         keys = table.table(name)
         keys.only(
             *("image", "size", "network", "probe", "privileged", "no_new_privs"),
-            *("memory", "pids", "cpu", "disk", "allow", "reach"),
+            *("memory", "pids", "cpu", "disk", "mounts", "allow", "reach"),
         )
         size = keys.integer("size", default_size if name == main else 1, 1, MAX_SIZE)
         profiles.append(
@@ -297,6 +317,7 @@ def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[Prof
                 disk=keys.size("disk", 512 << 20),
                 allow=keys.strings("allow") if "allow" in keys.values else None,
                 reach=_reach(keys),
+                mounts=_mounts(keys),
             )
         )
     return tuple(profiles)
@@ -310,6 +331,25 @@ def _reach(keys: _Table) -> tuple[str, ...]:
     if reach and keys.values.get("network") != "bridge":
         raise keys.error("reach", 'is for a profile with network = "bridge"')
     return tuple(what for what in REACHABLE if what in reach)
+
+
+def _mounts(keys: _Table) -> tuple[MountConfig, ...]:
+    mounts: list[MountConfig] = []
+    for table in keys.tables("mounts"):
+        table.only("host_path", "dst", "readonly")
+        host_path, dst = table.path("host_path"), table.path("dst")
+        if host_path is None or dst is None:
+            raise keys.error("mounts", 'must be a list like [{ host_path = "/srv/data", dst = "/data" }]')
+        if ".." in dst.parts or dst == Path("/"):
+            raise table.error("dst", f"must be below the root directory, and without .., not {str(dst)!r}")
+        if any(dst.is_relative_to(place) for place in _KERNELS_OWN):
+            raise table.error("dst", f"can't be in {', '.join(_KERNELS_OWN)}, where the kernel's own are mounted")
+        for other in mounts:
+            if dst.is_relative_to(other.dst) or Path(other.dst).is_relative_to(dst):
+                raise table.error("dst", f"{str(dst)!r} and {other.dst!r} can't be in each other")
+        readonly = table.boolean("readonly", default=True)
+        mounts.append(MountConfig(str(host_path), str(dst), readonly))
+    return tuple(mounts)
 
 
 class _Table:
@@ -337,14 +377,21 @@ class _Table:
             raise self.error(key, f"must be a table, not {value!r}")
         return _Table(value, self._origin, f"{self._path}.{key}" if self._path else key, self._text)
 
+    def tables(self, key: str) -> list[_Table]:
+        value = self.values.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self.error(key, f"must be a list of tables, not {value!r}")
+        path = f"{self._path}.{key}" if self._path else key
+        return [_Table(item, self._origin, path, self._text) for item in value]
+
     def integer(self, key: str, default: int, least: int, most: int) -> int:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self.error(key, f"must be an integer from {least} to {most}, not {value!r}")
         return value
 
-    def boolean(self, key: str) -> bool:
-        value = self.values.get(key, False)
+    def boolean(self, key: str, *, default: bool = False) -> bool:
+        value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self.error(key, f"must be true or false, not {value!r}")
         return value

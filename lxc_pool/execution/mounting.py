@@ -1,15 +1,12 @@
 """Mounts into a running container: what is done outside, before it is entered, and what inside.
 
 ```
- host's mount namespace   seal ─ clone_tree ─ caller's ids, nosuid, nodev, ro ─ attached in a namespace of our own
-                            └─ fork: user namespace, mount namespace in it ─ clone_tree of the copy ─► tree
+ host's mount namespace   seal ─ clone_tree ─ caller's ids, nosuid, nodev, ro ─ put_in_scratch
+                            └─ fork: user namespace ─ take_locked_copy ─► tree
  container                attach ─ tree on its place
 ```
 
-**Why twice.** What can be changed about a mount is locked when a mount namespace is copied into one of another user
-namespace, and stays so in copies of that copy: nobody, root of a privileged container included, then makes it writable,
-or takes nosuid or nodev off it. Taking it away stays possible. Source: Linux fs/namespace.c, lock_mnt_tree and
-can_change_locked_flags.
+**Why twice.** The copy is what locks it, see `mount_lock`: not even root of a privileged container loosens it.
 
 **Whose files.** The files are seen through that user namespace. It knows of the host's ids the caller's uid and gid
 alone, as root of the container; all other owners are nobody, and nobody in the container has any power over their files
@@ -31,15 +28,11 @@ from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
 from lxc_pool.execution import namespaces, trees
-from lxc_pool.host import mount_calls
+from lxc_pool.host import mount_calls, mount_lock
 
 TIMEOUT = 20
 """Seconds that all of it may take. A guess: it takes 3 ms; a file system that a user serves can hang."""
 
-_SCRATCH = b"/dev"
-"""A directory that every host has. It is covered in our own mount namespace, where nothing of it is needed."""
-
-_PLACE = b"mount"
 _MADE, _GO, _TREE, _FAILED = b"m", b"g", b"t", b"f"
 
 
@@ -80,9 +73,7 @@ def seal(source: int, *, readonly: bool, caller: Owner, container: int | None) -
     mode = os.fstat(source).st_mode
     check_type(mode)
     tree, file_system = _clone(source)
-    # A copy of the host's, whose mounts stay the host's: nothing of ours may get there.
-    mount_calls.unshare(mount_calls.CLONE_NEWNS)
-    mount_calls.mount("none", b"/", flags=mount_calls.REC | mount_calls.PRIVATE)
+    mount_lock.leave_hosts_mounts()
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if not pid:
@@ -93,7 +84,7 @@ def seal(source: int, *, readonly: bool, caller: Owner, container: int | None) -
         with ours:
             _receive(ours, _MADE)
             _see_through(tree, f"/proc/{pid}/ns/user", file_system, readonly=readonly)
-            _attach_in_scratch(tree, directory=stat.S_ISDIR(mode))
+            mount_lock.put_in_scratch(tree, directory=stat.S_ISDIR(mode))
             ours.send(_GO, socket.MSG_NOSIGNAL)
             (locked,) = _receive(ours, _TREE)
             return locked
@@ -217,16 +208,6 @@ def _see_through(tree: int, user_namespace: str, file_system: str, *, readonly: 
         os.close(descriptor)
 
 
-def _attach_in_scratch(tree: int, *, directory: bool) -> None:
-    mount_calls.mount("tmpfs", _SCRATCH, "mode=0755,size=4096")
-    place = os.path.join(_SCRATCH, _PLACE)
-    if directory:
-        os.mkdir(place)
-    else:
-        os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    mount_calls.attach_tree(tree, place)
-
-
 def _lock(
     parent: socket.socket, caller: Owner, container: int | None
 ) -> NoReturn:  # pragma: no cover - a fork that can't be recorded
@@ -238,9 +219,7 @@ def _lock(
             namespaces.die_with_parent(signal.SIGKILL)  # a change of ids clears it
             parent.send(_MADE, socket.MSG_NOSIGNAL)
             _receive(parent, _GO)
-            os.chdir(_SCRATCH)
-            mount_calls.unshare(mount_calls.CLONE_NEWNS)  # which takes the working directory along, into the copy
-            socket.send_fds(parent, [_TREE], [mount_calls.clone_tree(_PLACE)])
+            socket.send_fds(parent, [_TREE], [mount_lock.take_locked_copy()])
         except OSError as exc:
             parent.send(_FAILED + str(exc.errno or 0).encode(), socket.MSG_NOSIGNAL)
     finally:

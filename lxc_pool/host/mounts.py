@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lxc_pool.host import mount_calls
+from lxc_pool.host import mount_calls, mount_lock
 from lxc_pool.host.mount_calls import CLONE_NEWNS, CLONE_NEWUSER, NODEV, RDONLY, REC, SLAVE
 
 
@@ -66,6 +67,33 @@ def unmount(target: Path) -> None:
         OSError: There is none, or the kernel refused.
     """
     mount_calls.unmount(os.fspath(target), mount_calls.DETACH)
+
+
+def locked(tree: int, *, directory: bool) -> int:
+    """Return a descriptor of a locked copy of the mount *tree*, of a *directory* or file; see `mount_lock`.
+
+    To be called from a process of one thread: it forks.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:  # pragma: no cover  # a process without anything of ours, that coverage can't see
+        try:
+            mount_lock.leave_hosts_mounts()
+            mount_lock.put_in_scratch(tree, directory=directory)
+            mount_calls.unshare(CLONE_NEWUSER)
+            socket.send_fds(its, [b"x"], [mount_lock.take_locked_copy()])
+        finally:
+            os._exit(0)
+    its.close()
+    with ours:
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    os.waitpid(pid, 0)
+    if not descriptors:
+        raise OSError(errno.EPERM, "can't lock a mount by copying it into a user namespace")
+    return descriptors[0]
 
 
 def make_user_namespace(first: int, size: int, inside: tuple[int, int] = (0, 0)) -> int:

@@ -84,21 +84,22 @@ def service(module_service: FaultyService) -> FaultyService:
 
 
 @pytest.fixture
-def leased(service: FaultyService) -> Iterator[Container]:
-    """A container; when the test is over the pool is whole, and the host has the mounts that it had."""
-    before = host_mounts()
+def leased(service: FaultyService, tmp_path: Path) -> Iterator[Container]:
+    """A container; when the test is over the pool is whole, and nothing of it is mounted on the host."""
     pool = service.connect()
     with pool.lease("mounts", timeout=30) as container:
         yield container
         assert "/mnt/x" not in Path(f"/proc/{container.init_pid}/mountinfo").read_text()
         assert container.run(["true"]).returncode == 0
     assert_healed(service, pool)
-    assert host_mounts() == before
+    assert mounts_of(service, tmp_path) == []
 
 
-def host_mounts() -> list[str]:
+def mounts_of(service: FaultyService, directory: Path) -> list[str]:
+    """Return what the host has mounted of the test's *directory*, at the service's places, or where it is prepared."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return sorted(line.split(" - ")[0] for line in lines if "/hanging" not in line)
+    ours = (str(directory), str(service.directory), "/dev/mount")
+    return [line for line in lines if any(path in line for path in ours) and "/hanging" not in line]
 
 
 def restart(service: FaultyService) -> None:
@@ -180,7 +181,6 @@ def test_killed_wherever_it_is_a_mount_is_there_or_not(
 ) -> None:
     (tmp_path / "file").write_text("words\n")
     leased.run(["true"], check=True)
-    before = host_mounts()
     done = threading.Event()
 
     def kill_all() -> None:
@@ -202,7 +202,7 @@ def test_killed_wherever_it_is_a_mount_is_there_or_not(
         done.set()
         killer.join()
     assert failures
-    assert host_mounts() == before
+    assert mounts_of(service, tmp_path) == []
     while "/mnt/x" in Path(f"/proc/{leased.init_pid}/mountinfo").read_text():
         assert leased.run(["cat", "/mnt/x/file"], capture_output=True).stdout == b"words\n"
         leased.unmount("/mnt/x")

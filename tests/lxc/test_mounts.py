@@ -25,26 +25,55 @@ size = 1
 [profile.root]
 size = 1
 privileged = true
+[profile.mounted]
+size = 1
+{mounts}
+[profile.mounted-root]
+size = 1
+privileged = true
+{mounts}
 """
+MOUNTS = """\
+mounts = [
+    {{ host_path = "{0}/data", dst = "/srv/made/data" }},
+    {{ host_path = "{0}/shared", dst = "/srv/shared", readonly = false }},
+    {{ host_path = "{0}/data/public", dst = "/etc/public.conf" }},
+]
+"""
+SOMEBODY = 64001
+"""A uid without an account."""
 
 
 @pytest.fixture(scope="module")
-def mount_service(images: Path) -> Iterator[Service]:
+def lent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What profiles mount: `data`, root's, and `shared`, somebody's."""
+    directory = tmp_path_factory.mktemp("lent")
+    for name, owner in (("data", 0), ("shared", SOMEBODY)):
+        (directory / name).mkdir()
+        (directory / name / "public").write_text(f"{name} for all\n")
+        (directory / name / "private").write_text(f"{name} for one\n")
+        (directory / name / "private").chmod(0o600)
+        for path in (directory / name, *(directory / name).iterdir()):
+            os.chown(path, owner, owner)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def mount_service(images: Path, lent: Path) -> Iterator[Service]:
     service = Service(images)
     try:
-        service.start(config=CONFIG)
+        service.start(config=CONFIG.format(mounts=MOUNTS.format(lent)))
         yield service
     finally:
         service.close()
 
 
 @pytest.fixture
-def pool(mount_service: Service) -> Iterator[PoolServiceProxy]:
-    """The service's pool; whatever a test does, the host's mounts are then as they were."""
-    before = host_mounts()
+def pool(mount_service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolServiceProxy]:
+    """The service's pool; whatever a test does, there is then nothing of it among the host's mounts."""
     with mount_service.connect() as pool:
         yield pool
-    assert host_mounts() == before
+    assert mounts_of(mount_service, tmp_path_factory) == []
 
 
 @pytest.fixture(params=["default", "root"])
@@ -69,9 +98,11 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def host_mounts() -> list[str]:
-    """Return the host's mounts, without what changes about them by itself."""
-    return sorted(line.split(" - ")[0] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+def mounts_of(service: Service, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return what is mounted on the host of these tests' own, at the service's places, or where mounts are prepared."""
+    needles = (str(tmp_path_factory.getbasetemp()), str(service.directory), "/dev/mount")
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line for line in lines if any(needle in line for needle in needles)]
 
 
 def sh(container: Container, script: str) -> str:
@@ -130,9 +161,7 @@ def test_what_is_mounted_below_on_the_host_is_not_seen(container: Container, tre
 
 def test_mounts_of_either_side_stay_on_it(container: Container, tree: Path) -> None:
     container.mount(tree, "/mnt/tree", readonly=False)
-    before = host_mounts()
     assert sh(container, "mount -t tmpfs none /mnt/tree/deep && ls /mnt/tree/deep") == ""
-    assert host_mounts() == before
     assert (tree / "deep/file").exists()
     (tree / "empty").mkdir()
     with mounted_on_host(tree / "empty"):
@@ -308,13 +337,11 @@ def test_the_container_may_take_it_away_itself(container: Container, tree: Path)
 
 
 def test_it_ends_with_the_container(mount_service: Service, plain: Container, tree: Path) -> None:
-    before = host_mounts()
     plain.mount(tree, "/mnt/tree", readonly=False)
     keeper = plain.popen(["sh", "-c", "cd /mnt/tree; sleep 1000"])
     plain.release()
     eventually(lambda: not mount_service.has_traces(plain.name), "the container is gone")
     assert keeper.wait(30) == -9
-    assert host_mounts() == before
     assert (tree / "file").read_text() == "words\n"
     with pytest.raises(LeaseError):
         plain.mount(tree, "/mnt/tree")
@@ -337,6 +364,62 @@ def test_no_descriptor_of_ours_is_left(plain: Container, tree: Path) -> None:
     with pytest.raises(ValueError, match="root directory"):
         plain.mount(tree, "/")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- what a profile mounts --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["mounted", "mounted-root"])
+def furnished(pool: PoolServiceProxy, request: pytest.FixtureRequest) -> Iterator[Container]:
+    """A container of a profile with mounts."""
+    with pool.lease("mounts", timeout=30, profile=request.param) as container:
+        yield container
+
+
+def test_a_profiles_mounts_are_there_from_the_start(furnished: Container) -> None:
+    assert sh(furnished, "cat /srv/made/data/public /etc/public.conf /srv/shared/public") == (
+        "data for all\ndata for all\nshared for all\n"
+    )
+    for path in ("/srv/made/data/public", "/etc/public.conf"):
+        assert "Read-only" in sh(furnished, f"echo x >{path}")
+    assert sh(furnished, "stat -c %u:%g /srv /srv/made /srv/shared /srv/shared/private") == "0:0\n" * 4
+
+
+def test_of_a_writable_one_its_owner_is_root_inside(furnished: Container, lent: Path) -> None:
+    assert sh(furnished, "cat /srv/shared/private; echo new >/srv/shared/new") == "shared for one\n"
+    try:
+        assert (lent / "shared/new").read_text() == "new\n"
+        assert ((lent / "shared/new").stat().st_uid, (lent / "shared/new").stat().st_gid) == (SOMEBODY, SOMEBODY)
+    finally:
+        (lent / "shared/new").unlink()
+
+
+def test_what_is_not_for_everybody_stays_closed_in_an_unprivileged_one(pool: PoolServiceProxy) -> None:
+    with pool.lease("mounts", timeout=30, profile="mounted") as container:
+        assert sh(container, "stat -c %u /srv/made/data") == "65534\n"
+        assert "denied" in sh(container, "cat /srv/made/data/private")
+
+
+def test_a_profiles_mounts_can_be_covered_and_not_be_unmounted(furnished: Container, tree: Path) -> None:
+    with pytest.raises(ValueError, match="nothing that mount"):
+        furnished.unmount("/srv/made/data")
+    furnished.mount(tree, "/srv/shared")
+    assert sh(furnished, "cat /srv/shared/file") == "words\n"
+    furnished.unmount("/srv/shared")
+    assert sh(furnished, "cat /srv/shared/public") == "shared for all\n"
+    if furnished.profile == "mounted":  # root of a privileged one may take anything away
+        with pytest.raises(ValueError, match="one of the profile's"):
+            furnished.unmount("/srv/shared")
+        for path in ("/srv/shared", "/srv/made/data", "/etc/public.conf"):
+            assert sh(furnished, f"umount {path} || umount -l {path}").count("Invalid") == 2
+
+
+def test_a_profiles_mount_that_can_not_be_made_is_told(service: Service, tmp_path: Path) -> None:
+    mounts = f'mounts = [{{ host_path = "{tmp_path}/missing", dst = "/mnt/x" }}]'
+    pool = service.start(config=f"[pool]\nworkers = 1\n[profile.default]\nsize = 1\n{mounts}\n")
+    eventually(lambda: pool.status().error_count, "it has failed")
+    assert f"mount of {tmp_path}/missing on /mnt/x failed: No such file" in (pool.status().last_error or "")
+    service.stop()
 
 
 @contextlib.contextmanager

@@ -32,17 +32,34 @@ size = 2
 size = 1
 privileged = true
 allow = ["@nogroup"]
+[profile.lent]
+size = 1
+{mounts}
+[profile.lent-root]
+size = 1
+privileged = true
+{mounts}
+"""
+MOUNTS = """\
+mounts = [
+    {{ host_path = "{0}/read", dst = "/mnt/read" }},
+    {{ host_path = "{0}/written", dst = "/mnt/written", readonly = false }},
+]
 """
 PROFILES = ["default", "root"]
 CLONE_NEWNS = 0x20000
 
 
 @pytest.fixture(scope="module")
-def real(images: Path) -> Iterator[Service]:
+def real(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that members of a group may use, privileged containers included."""
+    directory = tmp_path_factory.mktemp("lent")
+    for name in ("read", "written"):
+        (directory / name).mkdir()
+    os.chown(directory / "written", ALICE, ALICE)
     service = Service(images)
     try:
-        service.start(config=CONFIG)
+        service.start(config=CONFIG.format(mounts=MOUNTS.format(directory)))
         yield service
     finally:
         service.close()
@@ -248,17 +265,27 @@ def test_anothers_container_can_not_be_mounted_into(real: Service, pool: PoolSer
 def test_nothing_loosens_a_mount(
     container: Container, attack_program: bytes, host: Path, what: str, readonly: bool
 ) -> None:
-    container.run(["sh", "-c", "cat >/attack && chmod 755 /attack"], input=attack_program, check=True)
     container.mount(host / what, "/mnt/x", readonly=readonly)
-    done = container.run(["/attack", "loosen", "/mnt/x"], capture_output=True, text=True, timeout=30, input="")
+    loosen(container, attack_program, "/mnt/x", readonly=readonly)
+
+
+@pytest.mark.parametrize("profile", ["lent", "lent-root"])
+def test_nothing_loosens_what_a_profile_mounts(pool: PoolServiceProxy, attack_program: bytes, profile: str) -> None:
+    for path, readonly in (("/mnt/read", True), ("/mnt/written", False)):
+        with pool.lease("mounts", timeout=30, profile=profile) as container:
+            loosen(container, attack_program, path, readonly=readonly)
+
+
+def loosen(container: Container, program: bytes, path: str, *, readonly: bool) -> None:
+    container.run(["sh", "-c", "cat >/attack && chmod 755 /attack"], input=program, check=True)
+    done = container.run(["/attack", "loosen", path], capture_output=True, text=True, timeout=30, input="")
     answers = dict(line.split("=", 1) for line in done.stdout.splitlines())
     # To take away what is not there changes nothing.
     tries = {name: answer for name, answer in answers.items() if readonly or not name.endswith("rdonly")}
     assert len(tries) >= 4 * (11 if readonly else 8)
     assert {name for name, answer in tries.items() if answer == "ok"} == set()
-    (line,) = [line for line in sh(container, "cat /proc/self/mountinfo").splitlines() if line.split()[4] == "/mnt/x"]
-    options = line.split()[5].split(",")
-    assert {"nosuid", "nodev", "idmapped", "ro" if readonly else "rw"} <= set(options)
+    (line,) = [line for line in sh(container, "cat /proc/self/mountinfo").splitlines() if line.split()[4] == path]
+    assert {"nosuid", "nodev", "ro" if readonly else "rw"} <= set(line.split()[5].split(","))
 
 
 def test_set_uid_programs_and_devices_do_nothing_there(container: Container, attack_program: bytes, host: Path) -> None:

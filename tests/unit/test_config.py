@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lxc_pool import config
-from lxc_pool.config import Config, NetworkConfig, ProfileConfig, check_size, load, parse
+from lxc_pool.config import Config, MountConfig, NetworkConfig, ProfileConfig, check_size, load, parse
 from lxc_pool.errors import ConfigError
 
 
@@ -208,3 +208,48 @@ def test_a_network_is_read_and_is_left_to_the_host_where_nothing_is_said() -> No
 def test_a_mistake_about_the_network_is_named(line: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read(f"[network]\n{line}")
+
+
+def test_a_profile_may_have_mounts() -> None:
+    found = read(
+        """
+        [profile.default]
+        mounts = [
+            { host_path = "/srv/data", dst = "/data" },
+            { host_path = "/srv/cache/", dst = "/var//cache/x/", readonly = false },
+        ]
+        """
+    )
+    assert found.profiles[0].mounts == (
+        MountConfig("/srv/data", "/data", readonly=True),
+        MountConfig("/srv/cache", "/var/cache/x", readonly=False),
+    )
+    assert read("[profile.default]\nmounts = []").profiles[0] == ProfileConfig("default", 5)
+    assert found.profiles[0].recipe != ProfileConfig("default", 5).recipe
+
+
+@pytest.mark.parametrize(
+    ("mounts", "words"),
+    [
+        ('"/srv/data"', "must be a list of tables"),
+        ('["/srv/data"]', "must be a list of tables"),
+        ("[{}]", "must be a list like"),
+        ('[{ host_path = "/a" }]', "must be a list like"),
+        ('[{ host_path = "a", dst = "/a" }]', "mounts.host_path: must be an absolute path, not 'a'"),
+        ('[{ host_path = "/a", dst = "a" }]', "mounts.dst: must be an absolute path"),
+        ('[{ host_path = "/a", dst = "/" }]', "must be below the root directory"),
+        ('[{ host_path = "/a", dst = "/a/../../b" }]', "without .."),
+        ('[{ host_path = "/a", dst = "/dev/shm" }]', "can't be in /proc, /sys, /dev"),
+        ('[{ host_path = "/a", dst = "/proc" }]', "can't be in /proc, /sys, /dev"),
+        ('[{ host_path = "/a", dst = "/a", readonly = 1 }]', "readonly: must be true or false"),
+        ('[{ host_path = "/a", dst = "/a", read_only = true }]', "read_only: unknown key"),
+        ('[{ host_path = "/a", dst = "/a" }, { host_path = "/b", dst = "/a" }]', "can't be in each other"),
+        ('[{ host_path = "/a", dst = "/a/b" }, { host_path = "/b", dst = "/a" }]', "can't be in each other"),
+        ('[{ host_path = "/a", dst = "/a" }, { host_path = "/b", dst = "/a/b" }]', "can't be in each other"),
+        ('[{ host_path = "", dst = "/a" }]', "must be a string"),
+    ],
+)
+def test_a_wrong_mount_is_refused(mounts: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(f"[profile.default]\nmounts = {mounts}\n")
+    assert words in str(caught.value)

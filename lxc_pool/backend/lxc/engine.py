@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lxc_pool.backend.lxc import binding, console, container_config, limits, removal, resolver, rootfs
+from lxc_pool.backend.lxc import binding, console, container_config, limits, profile_mounts, removal, resolver, rootfs
 from lxc_pool.backend.protocol import Blueprint, Endpoint
 from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
 from lxc_pool.host import cgroups, idranges, mounts, rtnetlink
@@ -136,6 +136,9 @@ class LxcBackend:
             with rootfs.mounted(blueprint, directory, self._user_namespace(first_id), first_id or 0):
                 if blueprint.endpoint is not None:
                     resolver.write(rootfs.path(directory), first_id or 0, blueprint.endpoint.resolvers)
+                profile_mounts.put(
+                    blueprint.profile.mounts, rootfs.path(directory), first_id or 0, lock=first_id is None
+                )
                 self._start(blueprint, directory)
         except OSError as error:
             if not blueprint.image.rootfs.is_dir():
