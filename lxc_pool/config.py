@@ -40,6 +40,7 @@ _MOST_RESOLVERS = 3
 """Source: resolv.conf(5), MAXNS."""
 
 _BRIDGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 _KERNELS_OWN = ("/proc", "/sys", "/dev")
 """What is mounted in each container anyhow, over whatever was there."""
@@ -67,7 +68,9 @@ class ProfileConfig:
     """What one kind of container is made of.
 
     Attributes:
-        size: Warm containers to keep.
+        size: Warm containers to keep at first.
+        min: How few of them are left when they are not needed; None: as *size*.
+        max: How many of them there may be after gets that found none; None: as *size*, but at least 1.
         privileged: Whether the container's root is the host's root, and not one of a user namespace of its own.
         no_new_privs: Whether no program in it may gain privileges by being executed: set-uid ones are then as others.
         memory: Bytes that it may use.
@@ -81,6 +84,9 @@ class ProfileConfig:
             service, but administrators alone if it is privileged.
         probe: A command that has to succeed inside before the container counts as warm; empty: that its init has
             been executed and is alive.
+        probe_timeout: Seconds that it may take from the start of init on, beside `create_timeout`; None: what that
+            leaves.
+        env: Variables that commands, the probe included, find in their environment.
     """
 
     name: str
@@ -97,11 +103,24 @@ class ProfileConfig:
     allow: tuple[str, ...] | None = None
     reach: tuple[str, ...] = ()
     mounts: tuple[MountConfig, ...] = ()
+    min: int | None = None
+    max: int | None = None
+    probe_timeout: float | None = None
+    env: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The fewest and the most warm containers that there may be."""
+        return (
+            self.size if self.min is None else self.min,
+            max(self.size, 1) if self.max is None else self.max,
+        )
 
     @property
     def recipe(self) -> str:
         """What a container of this profile is made by, beside the image's version: equal recipes, equal containers."""
-        return repr(dataclasses.replace(self, name="", size=0, allow=None))
+        made_by = dataclasses.replace(self, name="", size=0, min=None, max=None, allow=None, probe_timeout=None, env=())
+        return repr(made_by)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,6 +147,8 @@ class Config:
 
     Attributes:
         workers: Lanes, that is, creations and removals under way at once.
+        max: Warm containers of all profiles together at most; None: as many as the profiles' own bounds allow.
+        shrink_after: Seconds after which a place that was not needed all the while is given up.
         create_timeout: Seconds that a clone, start and probe may take together.
         image_timeout: Seconds that the building of an image may take.
         confirm_timeout: Seconds that a client may take to confirm a hand-off.
@@ -167,6 +188,14 @@ class Config:
         """Whether any profile's containers are on the bridge."""
         return any(profile.network == "bridge" for profile in self.profiles)
 
+    max: int | None = None
+    shrink_after: float = 300.0
+
+    @property
+    def main(self) -> ProfileConfig:
+        """The profile that `size` of the pool is about: the one called "default", or else the first."""
+        return next((profile for profile in self.profiles if profile.name == "default"), self.profiles[0])
+
     def profile(self, name: str) -> ProfileConfig:
         """Return the profile called *name*.
 
@@ -185,7 +214,7 @@ def load(path: Path | None = None, *, size: int | None = None) -> Config:
 
     Args:
         path: The TOML file, which must exist; None for `/etc/lxc-pool.toml` if it exists, else the defaults.
-        size: Overrides the size of the default profile, or of the only one.
+        size: Overrides the size of the main profile, see `Config.main`, and its bounds where they are in the way.
 
     Raises:
         ConfigError: The file can't be read or parsed, has an unknown key, or a value that is not allowed.
@@ -211,15 +240,16 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
     top.only("pool", "access", "network", "profile")
     pool, access = top.table("pool"), top.table("access")
     pool.only(
-        "size", "workers", "create_timeout", "image_timeout", "confirm_timeout", "min_free", "id_base", "max_keep"
+        *("size", "workers", "max", "create_timeout", "image_timeout", "confirm_timeout", "shrink_after"),
+        *("min_free", "id_base", "max_keep"),
     )
     access.only("group", "users", "admins", "key_file", "max_leases", "max_waiters", "max_connections", "max_calls")
-    default_size = pool.integer("size", 5, 1, MAX_SIZE)
-    if size is not None:
-        default_size = check_size(size)
+    profiles = _profiles(top.table("profile"), pool, None if size is None else check_size(size))
     return Config(
-        profiles=_profiles(top.table("profile"), default_size, override=size is not None),
+        profiles=profiles,
         workers=pool.integer("workers", min(os.cpu_count() or 1, MAX_LANES), 1, 64),
+        max=_total(pool, profiles),
+        shrink_after=pool.seconds("shrink_after", 300.0),
         create_timeout=pool.seconds("create_timeout", 30.0),
         image_timeout=pool.seconds("image_timeout", 600.0),
         confirm_timeout=pool.seconds("confirm_timeout", 5.0),
@@ -289,26 +319,37 @@ def _resolvers(keys: _Table) -> tuple[str, ...]:
     return resolvers
 
 
-def _profiles(table: _Table, default_size: int, *, override: bool) -> tuple[ProfileConfig, ...]:
+def _profiles(table: _Table, pool: _Table, override: int | None) -> tuple[ProfileConfig, ...]:
     names = list(table.values) or ["default"]
     main = "default" if "default" in names else names[0]
+    default_size = pool.integer("size", 5, 1, MAX_SIZE)
     profiles = []
     for name in names:
         if not _PROFILE_NAME.fullmatch(name):
             raise table.error(name, "a profile's name is 1 to 32 of a-z, 0-9, - and _")
         keys = table.table(name)
         keys.only(
-            *("image", "size", "network", "probe", "privileged", "no_new_privs"),
+            *("image", "size", "min", "max", "network", "probe", "probe_timeout", "env", "privileged", "no_new_privs"),
             *("memory", "pids", "cpu", "disk", "mounts", "allow", "reach"),
         )
-        size = keys.integer("size", default_size if name == main else 1, 1, MAX_SIZE)
+        size, least, most = _sizes(
+            keys, default_size if name == main else 1, given=name == main and "size" in pool.values
+        )
+        if override is not None and name == main:
+            size = override
+            least = None if least is None else min(least, override)
+            most = None if most is None else max(most, override)
         profiles.append(
             ProfileConfig(
                 name=name,
-                size=default_size if override and name == main else size,
+                size=size,
+                min=least,
+                max=most,
                 image=keys.string("image", "busybox"),
                 network=keys.choice("network", "empty", ("empty", "bridge")),
                 probe=keys.strings("probe"),
+                probe_timeout=keys.seconds("probe_timeout", 0.0) if "probe_timeout" in keys.values else None,
+                env=keys.environment("env"),
                 privileged=keys.boolean("privileged"),
                 no_new_privs=keys.boolean("no_new_privs"),
                 memory=keys.size("memory", 1 << 30),
@@ -350,6 +391,37 @@ def _mounts(keys: _Table) -> tuple[MountConfig, ...]:
         readonly = table.boolean("readonly", default=True)
         mounts.append(MountConfig(str(host_path), str(dst), readonly))
     return tuple(mounts)
+
+
+def _sizes(keys: _Table, default: int, *, given: bool) -> tuple[int, int | None, int | None]:
+    """Return a profile's size, min and max; a size that nobody has *given* is as the other two allow."""
+    least = keys.integer("min", 0, 0, MAX_SIZE) if "min" in keys.values else None
+    most = keys.integer("max", 1, 1, MAX_SIZE) if "max" in keys.values else None
+    if least is not None and most is not None and least > most:
+        raise keys.error("min", f"must be at most max, which is {most}, not {least}")
+    size = keys.integer("size", default, 0, MAX_SIZE)
+    if not given and "size" not in keys.values:
+        size = max(size, least or 0)
+        size = size if most is None else min(size, most)
+    if least is not None and least > size:
+        raise keys.error("min", f"must be at most size, which is {size}, not {least}")
+    if most is not None and most < size:
+        raise keys.error("max", f"must be at least size, which is {size}, not {most}")
+    return size, least, most
+
+
+def _total(pool: _Table, profiles: tuple[ProfileConfig, ...]) -> int | None:
+    """Return the most warm containers of all profiles together; None: no bound but theirs."""
+    if "max" not in pool.values:
+        return None
+    total = pool.integer("max", 1, 1, MAX_SIZE)
+    sizes = sum(profile.size for profile in profiles)
+    if total < sizes:
+        raise pool.error("max", f"must be at least {sizes}, which the profiles' sizes add up to, not {total}")
+    leasts = [profile.bounds[0] for profile in profiles]
+    if total == sum(leasts) and 0 in leasts:
+        raise pool.error("max", f"must be above {total}, which the profiles' min add up to: some have min = 0")
+    return total
 
 
 class _Table:
@@ -434,6 +506,15 @@ class _Table:
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             raise self.error(key, f"must be a list of strings, not {value!r}")
         return tuple(value)
+
+    def environment(self, key: str) -> tuple[tuple[str, str], ...]:
+        table = self.table(key)
+        for name, value in table.values.items():
+            if not _VARIABLE.fullmatch(name):
+                raise table.error(name, "a variable's name is of A-Z, a-z, 0-9 and _, the first no digit")
+            if not isinstance(value, str) or "\0" in value:
+                raise table.error(name, f"must be a string without NUL, not {value!r}")
+        return tuple(table.values.items())
 
     def _line(self, key: str) -> int | None:
         """Find the line of *key* in this table; tomllib keeps no positions."""

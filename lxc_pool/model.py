@@ -78,7 +78,15 @@ def check_id(value: object) -> LeaseId:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProfileStatus:
-    """The counts of one profile."""
+    """The counts of one profile.
+
+    Attributes:
+        capacity: Warm containers that are kept now; it goes up and down between *min* and *max*.
+        image: The image version that new containers are cloned from, `name:version`; None until it is there.
+        outdated: Warm ones that are to be replaced, since the image or the configuration has changed.
+        backoff: Seconds until creation is tried again after failures; 0 when it is not held back.
+        last_error: Why the newest image or container did not become ready: a probe that failed, say; None once one has.
+    """
 
     capacity: int
     size: int
@@ -89,7 +97,11 @@ class ProfileStatus:
     stuck: int
     waiting: int
     image: str | None
-    """The image version that new containers are cloned from, `name:version`; None until it is there."""
+    min: int = 0
+    max: int = 0
+    outdated: int = 0
+    backoff: float = 0.0
+    last_error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,7 +111,7 @@ class PoolStatus:
     Attributes:
         running: False while the service is draining to end.
         uptime: Seconds since the service began.
-        capacity: Warm containers that the pool keeps.
+        capacity: Warm containers that the pool keeps now.
         size: Containers that are warm now.
         waiting: Callers that wait for a container now.
         error_count: Creations and removals that have failed since the service began.
@@ -107,6 +119,8 @@ class PoolStatus:
         backoff: Seconds until creation is tried again after failures; 0 when it is not held back.
         draining: Whether an administrator has drained the pool.
         ledger: What people should know of the ledger; None: all is well.
+        configuration: What people should know of the configuration: that it was refused, or what of it waits for a
+            restart; None: all of it is in force.
     """
 
     running: bool
@@ -129,6 +143,7 @@ class PoolStatus:
     draining: bool
     ledger: str | None
     profiles: dict[str, ProfileStatus]
+    configuration: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the same as dicts, lists, str, int, float, bool and None."""

@@ -34,8 +34,6 @@ class Fault:
 
 HANG = Fault(delay=math.inf)
 
-_IMAGE = Image(name="busybox", version="1", rootfs=Path("/nonexistent"), size=0, created=0.0, checksum="memory")
-
 
 class MemoryBackend:
     """A `Backend` without an engine. Not thread-safe.
@@ -45,6 +43,7 @@ class MemoryBackend:
         present: The names of all containers, up or not.
         history: Every step that was begun, with the container's or image's name.
         consoles: What is in each container's console log, by its name.
+        versions: The images that there are, each with the number of its newest version.
         kept: What the last collection of images had to keep; None: there was none.
     """
 
@@ -54,6 +53,7 @@ class MemoryBackend:
         self.present: set[str] = set()
         self.history: list[tuple[Step, str]] = []
         self.consoles: dict[str, bytes] = {}
+        self.versions = {"busybox": 1}
         self.kept: frozenset[str] | None = None
         self._sleep = sleep
         self._faults: dict[Step, deque[Fault]] = defaultdict(deque)
@@ -63,11 +63,15 @@ class MemoryBackend:
         """Let the next times that *step* is reached go wrong like this, one fault each."""
         self._faults[step].extend(faults)
 
+    def publish(self, image_name: str) -> None:
+        """Let there be a new version of an image."""
+        self.versions[image_name] = self.versions.get(image_name, 0) + 1
+
     def open(self) -> None:
         """See `Backend.open`."""
 
     def prepare(self, image_name: str) -> Image:
-        """See `Backend.prepare`; the only image is "busybox"."""
+        """See `Backend.prepare`; nothing is built."""
         self._reach("prepare", image_name)
         image = self.newest(image_name)
         if image is None:
@@ -101,7 +105,10 @@ class MemoryBackend:
 
     def newest(self, image_name: str) -> Image | None:
         """See `Backend.newest`."""
-        return _IMAGE if image_name == _IMAGE.name else None
+        version = self.versions.get(image_name)
+        if version is None:
+            return None
+        return Image(image_name, str(version), rootfs=Path("/nonexistent"), size=0, created=0.0, checksum="memory")
 
     def log_tail(self, name: str) -> str:
         """See `Backend.log_tail`."""

@@ -61,7 +61,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     from lxc_pool.backend.lxc.engine import LxcBackend
     from lxc_pool.service import daemon
 
-    configuration = config.load(arguments.config, size=arguments.size)
+    def load() -> config.Config:
+        return config.load(arguments.config, size=arguments.size)
+
+    configuration = load()
     state_dir = arguments.state_dir.absolute()
     backend = LxcBackend(state_dir, configuration.id_base)
 
@@ -70,7 +73,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     listener = _log_to_stderr(logging.DEBUG if arguments.verbose else logging.INFO, as_json=arguments.log_json)
     try:
-        daemon.serve(configuration, backend, host_dir=arguments.host_dir.absolute(), state_dir=state_dir, ready=ready)
+        daemon.serve(
+            configuration,
+            backend,
+            host_dir=arguments.host_dir.absolute(),
+            state_dir=state_dir,
+            ready=ready,
+            load=load,
+        )
     finally:
         listener.stop()
     return 0

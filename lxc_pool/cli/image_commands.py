@@ -19,6 +19,7 @@ from lxc_pool.cli.output import Progress, print_json, print_table
 from lxc_pool.errors import ConfigError, ImageError, LxcPoolError
 
 if TYPE_CHECKING:
+    from lxc_pool import PoolServiceProxy
     from lxc_pool.images.store import Image, ImageStore
 
 
@@ -105,6 +106,7 @@ def _import(arguments: argparse.Namespace) -> int:
 def _make(arguments: argparse.Namespace, name: str, builder: Any, origin: str) -> int:
     with _progress(arguments) as progress, _ended_in_order():
         image = _store(arguments).build(name, progress.show, builder, origin)
+    _tell_service(arguments)
     if arguments.json:
         print_json(_as_dict(image))
     else:
@@ -150,22 +152,48 @@ def _in_use(arguments: argparse.Namespace) -> set[str]:
     Raises:
         ImageError: A service runs that can't be asked.
     """
-    from lxc_pool import PoolManager
     from lxc_pool.service import ledger
     from lxc_pool.service.directories import running_service
 
     state_dir = arguments.state_dir.absolute()
     used = {entry.image for entry in ledger.read(state_dir / "ledger.db")}
     if (pid := running_service(state_dir)) is not None:
-        try:
-            with PoolManager.connect(arguments.host_dir) as pool:
-                status = pool.status()
-        except LxcPoolError as error:
-            raise ImageError(f"the service with pid {pid} can't be asked what it uses: {error}") from error
-        if pid not in (0, status.pid):
-            raise ImageError(f"{state_dir} is used by the service with pid {pid}: give its --host-dir, too")
-        used |= {profile.image for profile in status.profiles.values() if profile.image}
+        with _service(arguments, pid) as pool:
+            used |= {profile.image for profile in pool.status().profiles.values() if profile.image}
     return used
+
+
+def _tell_service(arguments: argparse.Namespace) -> None:
+    """Let the service that makes containers of the store's images, if one runs, know that there is a new version."""
+    from lxc_pool.service.directories import running_service
+
+    if (pid := running_service(arguments.state_dir.absolute())) is None:
+        return
+    try:
+        with _service(arguments, pid) as pool:
+            pool.look_for_images()
+    except LxcPoolError as error:
+        print(f"{error}; it takes the new version once it gets SIGHUP (`kill -HUP {pid}`)", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _service(arguments: argparse.Namespace, pid: int) -> Iterator[PoolServiceProxy]:
+    """Connect to the service *pid*, which has the state dir; 0: its pid is not known.
+
+    Raises:
+        ImageError: It does not answer in the host dir.
+    """
+    from lxc_pool import PoolManager
+
+    with contextlib.ExitStack() as stack:
+        try:
+            pool = stack.enter_context(PoolManager.connect(arguments.host_dir, timeout=2.0))
+            answering = pool.status().pid
+        except LxcPoolError as error:
+            raise ImageError(f"the service with pid {pid} can't be asked: {error}") from error
+        if pid not in (0, answering):
+            raise ImageError(f"{arguments.state_dir} is used by the service with pid {pid}: give its --host-dir, too")
+        yield pool
 
 
 def _store(arguments: argparse.Namespace) -> ImageStore:

@@ -44,15 +44,20 @@ def _status(arguments: argparse.Namespace) -> int:
     state = "ending" if not status.running else "drained" if status.draining else "running"
     print(f"{state}, pid {status.pid}, up {status.uptime:.0f} s, at {status.socket_path}")
     print(f"{status.worker_count} lanes, {status.client_count} clients, {status.waiting} waiting")
-    columns = ("capacity", "size", "building", "reserved", "leased", "reaping", "stuck", "waiting", "image")
+    counts = ("building", "reserved", "leased", "reaping", "stuck", "waiting")
+    columns = ("capacity", "min", "max", "size", *counts, "outdated", "image")
     print_table(
         ("profile", *columns),
         [(name, *(getattr(profile, column) for column in columns)) for name, profile in status.profiles.items()],
     )
+    for name, profile in status.profiles.items():
+        if profile.last_error:
+            print(f"profile {name} is not ready: {profile.last_error}")
     if status.error_count:
         print(f"{status.error_count} errors, the last one: {status.last_error}")
-    if status.ledger:
-        print(status.ledger)
+    for notice in (status.configuration, status.ledger):
+        if notice:
+            print(notice)
     if status.backoff:
         print(f"creation is held back for {status.backoff:.1f} s after failures")
     return 0

@@ -159,11 +159,11 @@ class PoolServiceProxy(managers.BaseProxy):
         return Container(self._caller, self._caller.ask(messages.Inspect(name)), owned=False)
 
     def resize(self, n: int) -> None:
-        """Change the number of warm containers; administrators only.
+        """Change the number of warm containers of the default profile; administrators only.
 
         Raises:
             AccessDenied: The caller is not an administrator.
-            ConfigError: *n* is not 1 to 1000.
+            ConfigError: *n* is not 1 to 1000, or more than the pool's `max` has room for.
         """
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"n must be an int, not {n!r}")
@@ -176,6 +176,13 @@ class PoolServiceProxy(managers.BaseProxy):
     def resume(self) -> None:
         """Hand out containers again; administrators only."""
         self._caller.ask(messages.Resume())
+
+    def look_for_images(self) -> None:
+        """Let the service see whether its images have newer versions, which `lxc-pool image` tells it by itself.
+
+        Warm containers of older versions are then replaced, a few at a time. Administrators only.
+        """
+        self._caller.ask(messages.LookForImages())
 
     def shutdown(self, grace: float = 10.0, *, keep_leases: bool = False) -> None:
         """End the service; return once it has really stopped. Administrators only.
@@ -312,4 +319,5 @@ def _not_ready(status: PoolStatus, wanted: int, timeout: float | None) -> str:
         words += "; the pool is drained"
     if not status.running:
         words += "; the service is ending"
-    return words + (f"; last error: {status.last_error}" if status.last_error else "") + ")"
+    errors = [f"{name}: {profile.last_error}" for name, profile in status.profiles.items() if profile.last_error]
+    return words + (f"; last error: {'; '.join(errors) or status.last_error}" if status.last_error else "") + ")"

@@ -17,7 +17,6 @@ import psutil
 
 from lxc_pool.config import Config
 from lxc_pool.errors import AccessDenied, ConfigError
-from lxc_pool.host.ends import open_end
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.wire.channel import credentials
 
@@ -104,6 +103,10 @@ class Policy:
         printable = "".join(character if character.isprintable() else "?" for character in program)
         return Peer(process, uid, gid, frozenset({gid, *_peer_groups(sock)}), printable, uid in self._admins)
 
+    def look_again(self, peer: Peer) -> Peer:
+        """Return *peer*, whom an earlier policy has looked at, as this one sees it."""
+        return dataclasses.replace(peer, is_admin=peer.uid in self._admins)
+
     def require_user(self, peer: Peer) -> None:
         """Refuse whoever may not use the service at all.
 
@@ -153,8 +156,9 @@ def owner_of(peer: Peer, pid: int | None) -> ProcessIdentity:
     try:
         owner = identify(pid)
         uid = psutil.Process(pid).uids().real  # not the owner of /proc/PID, which is root's where it is undumpable
-        # Fails for the id of a thread, which /proc has too but nobody can watch, and if the pid is another's meanwhile.
-        os.close(open_end(owner))
+        os.close(os.pidfd_open(pid))  # fails for the id of a thread, which /proc has too but nobody can watch
+        if identify(pid) != owner:
+            raise ProcessLookupError("it has just ended")
     except (OSError, psutil.Error) as error:
         raise ValueError(f"owner must be the pid of a living process, not {pid} ({error})") from error
     if uid != peer.uid and not peer.is_admin:

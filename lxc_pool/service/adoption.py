@@ -53,8 +53,8 @@ class Adoption:
         """Take in what goes on, and reap the rest."""
         for verdict in verdicts:
             member = verdict.member
-            self._stock.add_shelf(verdict.profile)
             with self._stock.lock:
+                self._stock.add_retired(verdict.profile)
                 self._stock.add(member)
                 if member.lease is not None:
                     self._leases.enter(member, member.lease)

@@ -32,7 +32,7 @@ class Census:
     def take(cls, stock: Stock, now: float) -> Census:
         """Count. With the lock held."""
         return cls(
-            {name: shelf.status() for name, shelf in stock.shelves.items()},
+            {name: shelf.status(now) for name, shelf in stock.shelves.items()},
             stock.draining,
             stock.error_count,
             stock.last_error,

@@ -37,6 +37,7 @@ from lxc_pool.service.ledger import read as read_ledger
 from lxc_pool.service.network import pool_network
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.recovery import judge
+from lxc_pool.service.reload import reload
 from lxc_pool.service.server import PoolServer, listen
 from lxc_pool.service.service import PoolService
 from lxc_pool.service.watchdog import Watchdog
@@ -51,11 +52,15 @@ _REMOVAL_TIMEOUT = 60.0
 
 
 class Ending:
-    """How the service is to end; set by a signal handler or a shutdown call, read by the thread that ends it."""
+    """How the service is to end, and whether it is to read its configuration again before that.
+
+    Set by a signal handler or a shutdown call, read by the main thread.
+    """
 
     def __init__(self) -> None:
         self.grace = DEFAULT_GRACE
         self.begun = False
+        self.reload = False
         self.hurry = False
         self.keep_leases = False
         self.emptied = False
@@ -68,6 +73,7 @@ def serve(
     host_dir: Path,
     state_dir: Path,
     ready: Callable[[str], None],
+    load: Callable[[], Config] | None = None,
 ) -> None:
     """Run a service until it is told to end; return when all is closed and its containers are gone.
 
@@ -77,6 +83,7 @@ def serve(
         host_dir: Where clients meet it.
         state_dir: Where containers and images are.
         ready: Called with the socket's path once connections are accepted.
+        load: Reads the configuration again, for SIGHUP; None: it stays as it is.
 
     Raises:
         HostDirError: Another service has one of the directories, or one is not fit for use.
@@ -110,7 +117,7 @@ def serve(
             ledger,
             new_name=_names(instance).__next__,
             wake=dispatcher.wake,
-            obstacle=functools.partial(_obstacle, state_dir, config.min_free),
+            obstacle=functools.partial(_obstacle, state_dir),
             addresses=addresses,
         )
         stack.callback(pool.let_go)
@@ -141,13 +148,17 @@ def serve(
             ledger_notice=lambda: ledger.notice,
             stop=_stopper(ending, server),
         )
-        server.attach(service, pool, config.confirm_timeout)
+        server.attach(service, pool)
         with _signals(ending, server):
             server.socket_listener.open_to(group)
             server.open()
             dispatcher.wake()
             ready(server.path)
-            server.serve_forever()
+            while not ending.begun:
+                server.serve_forever()
+                if ending.reload and not ending.begun:
+                    ending.reload = False
+                    reload(load or (lambda: config), config, pool, service)
             service.stopping = True
             _end(pool, ending, server)
         stack.pop_all().close()
@@ -206,19 +217,31 @@ def _stopper(ending: Ending, server: PoolServer) -> Callable[[float, bool], None
 
 @contextlib.contextmanager
 def _signals(ending: Ending, server: PoolServer) -> Iterator[None]:
-    """Let SIGTERM and SIGINT end the service, and a second one end the grace."""
+    """Let SIGTERM and SIGINT end the service, and a second one end the grace; SIGHUP, reload the configuration."""
+
+    def hang_up(_number: int, _frame: FrameType | None) -> None:
+        ending.reload = True
+        server.stop()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         ending.hurry = ending.begun
         ending.begun = True
         server.stop()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A signal may come to any thread; without this, the main thread would sleep on, and its handler never run.
+    server.signals, wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    handlers = {signal.SIGTERM: handle, signal.SIGINT: handle, signal.SIGHUP: hang_up}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    earlier = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(earlier)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(wakeup)
+        os.close(server.signals)
+        server.signals = -1
 
 
 def _names(instance: str) -> Iterator[str]:

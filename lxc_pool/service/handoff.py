@@ -21,11 +21,28 @@ log = logging.getLogger(__name__)
 class Handoff:
     """Brings tickets and warm containers together; everything with the stock's lock held."""
 
-    def __init__(self, stock: Stock, leases: Leases, reaper: Reaper, changed: Callable[[], None]) -> None:
-        """Make it; *changed* is called when one more container is warm."""
+    def __init__(
+        self,
+        stock: Stock,
+        leases: Leases,
+        reaper: Reaper,
+        *,
+        missed: Callable[[Shelf], None],
+        changed: Callable[[], None],
+    ) -> None:
+        """Make it.
+
+        Args:
+            stock: What there is.
+            leases: Where offers are written down.
+            reaper: Where containers go that are of no use.
+            missed: Called for a shelf that somebody waits for from now on.
+            changed: Called when one more container is warm.
+        """
         self._stock = stock
         self._leases = leases
         self._reaper = reaper
+        self._missed = missed
         self._changed = changed
         self._waiting: dict[tuple[int, str], Ticket] = {}
 
@@ -50,6 +67,7 @@ class Handoff:
             return
         shelf.waiters.push(ticket)
         self._waiting[ticket.uid, ticket.request] = ticket
+        self._missed(shelf)
 
     def leave(self, ticket: Ticket) -> None:
         """Take a ticket out of the queue; not an error if it is not there."""
@@ -82,12 +100,18 @@ class Handoff:
         if self._stock.closed or self._stock.draining:
             self._reaper.reap(member, Reason.CLOSED if self._stock.closed else Reason.DRAINED)
             return
-        if shelf.stock > shelf.capacity:
-            self._reaper.reap(member, Reason.SURPLUS)
-            return
+        replaced: Member | None = None
+        if shelf.stock > shelf.capacity and not shelf.waiters:
+            current = shelf.is_current(member)
+            if not current or not shelf.outdated:
+                self._reaper.reap(member, Reason.SURPLUS if current else Reason.IMAGE_REPLACED)
+                return
+            replaced = shelf.spare()
         came_back = member.state is State.RESERVED
         self._stock.move(member, State.WARM)
         shelf.put(member, first=came_back)  # one that came back is the oldest
+        if replaced is not None:
+            self._reaper.reap(replaced, Reason.IMAGE_REPLACED)
         if not shelf.filled:
             size = shelf.counts[State.WARM]
             log.info("%d of %d containers of profile %r are warm", size, shelf.capacity, member.profile)

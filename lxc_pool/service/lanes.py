@@ -162,15 +162,15 @@ class ProcessLane:
 
 
 def _start_fork_server() -> None:
-    """Start the process that workers are forked from, unless it runs, with SIGTERM blocked, and so are they.
+    """Start the process that workers are forked from, unless it runs, with SIGTERM and SIGHUP blocked, and so are they.
 
     The signal may come to all processes at once: from systemd with its `KillMode=control-group`, or to a process group.
     When to end is for the service to say; without the fork server it would take all workers for dead.
     """
-    # This one ignores the signal; when it starts, it unblocks it here.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
+        multiprocessing.resource_tracker.ensure_running()  # it ignores SIGTERM, and unblocks that here when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -215,7 +215,8 @@ _backend: Backend | None = None
 
 def _prepare_worker(backend: Backend) -> None:
     global _backend  # noqa: PLW0603  # a worker's initializer has no other place to leave it
-    # Ctrl-C reaches the whole process group; when to end is for the service to say. SIGTERM is blocked from birth.
+    # Ctrl-C reaches the whole process group; when to end is for the service to say. SIGTERM and SIGHUP are
+    # blocked from birth.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     service = multiprocessing.parent_process()
     if service is not None:

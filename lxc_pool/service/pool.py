@@ -16,7 +16,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 
-from lxc_pool.config import Config, check_size
+from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, State
@@ -31,6 +31,8 @@ from lxc_pool.service.lifecycle import Lease, Reason
 from lxc_pool.service.owners import Owners
 from lxc_pool.service.reaper import Reaper
 from lxc_pool.service.recovery import Verdict
+from lxc_pool.service.renewal import Renewal
+from lxc_pool.service.sizing import Sizing
 from lxc_pool.service.stock import Stock
 from lxc_pool.service.upkeep import Upkeep
 from lxc_pool.service.waiters import Ticket
@@ -43,7 +45,8 @@ class Pool:
     Shared by all threads of the service; the stock's lock guards everything.
 
     Invariants, whenever the lock is free: warm + reserved + building of a profile is at most its capacity, unless that
-    was just made smaller; a container has a lease exactly in RESERVED and LEASED; nobody waits while one is warm.
+    was just made smaller, and a few more while outdated ones are replaced; a container has a lease exactly in RESERVED
+    and LEASED; nobody waits while one is warm.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Pool:
         *,
         new_name: Callable[[], str],
         wake: Callable[[], None],
-        obstacle: Callable[[], str | None] = lambda: None,
+        obstacle: Callable[[int], str | None] = lambda _min_free: None,
         addresses: AddressBook | None = None,
         rng: random.Random | None = None,
     ) -> None:
@@ -68,7 +71,7 @@ class Pool:
             journal: Where it is written down what there is.
             new_name: Returns a name that no container has or had.
             wake: Called, with the lock held, when `dispatch` should be called soon.
-            obstacle: Returns why nothing can be created now, if that is so.
+            obstacle: Returns why nothing can be created now, if that is so, given the bytes that have to be free.
             addresses: Where containers' addresses are from; None: no profile wants one.
             rng: For the jitter of pauses.
         """
@@ -81,7 +84,11 @@ class Pool:
         self._owners = Owners(self._lock, watch, self._owner_died)
         self._warm_waits = WarmWaits(self._stock)
         self._reaper = Reaper(self._stock, self._leases, watch)
-        self._handoff = Handoff(self._stock, self._leases, self._reaper, self._warm_waits.look)
+        self._sizing = Sizing(config, self._stock, self._reaper, watch, self._warm_waits.look)
+        self._handoff = Handoff(
+            self._stock, self._leases, self._reaper, missed=self._sizing.missed, changed=self._warm_waits.look
+        )
+        self._renewal = Renewal(self._stock, self._reaper, self._handoff, self._sizing)
         self._adoption = Adoption(
             self._stock,
             self._leases,
@@ -99,6 +106,8 @@ class Pool:
             new_name=new_name,
             obstacle=obstacle,
             addresses=addresses or AddressBook(None),
+            before=self._sizing.look_after,
+            image_ready=self._renewal.image_ready,
             came_up=self._handoff.put,
             failed=functools.partial(self._reaper.reap, reason=Reason.START_FAILED),
             init_died=self._init_died,
@@ -118,9 +127,9 @@ class Pool:
             QuotaExceeded: The user has, or waits for, as many as it may.
             ValueError: Unknown profile, or the owner is dead.
         """
-        self._config.profile(ticket.profile)
         self._owners.hold(ticket.owner)
         with self._lock:
+            self._config.profile(ticket.profile)
             member = self._leases.of_request(ticket.uid, ticket.request)
             if member is not None:
                 member.session = ticket.session
@@ -130,6 +139,7 @@ class Pool:
                 raise PoolClosed("the service is ending: it hands out no more containers")
             if self._stock.draining:
                 raise PoolDraining("the pool is drained; an administrator can `lxc-pool resume` it")
+            self._stock.shelves[ticket.profile].last_asked = self._watch.now()
             self._handoff.join(ticket, quota)
             if not ticket.answered:
                 self._stock.wake()
@@ -140,18 +150,14 @@ class Pool:
         A ticket that was answered meanwhile is left as it is; the words are of no use then.
         """
         with self._lock:
-            shelf = self._stock.shelves[ticket.profile]
+            shelf = self._stock.shelves.get(ticket.profile)
+            if ticket.answered or shelf is None:
+                return ""
             place, queue = shelf.waiters.position(ticket), len(shelf.waiters)
             self._handoff.leave(ticket)
-            counts = shelf.counts
-            words = ", ".join(f"{counts[state]} {state}" for state in State if counts[state] or state is State.WARM)
-            backoff = shelf.backoff.remaining(self._watch.now())
             return (
-                f"no container of profile {ticket.profile!r} came free ({words}; capacity {shelf.capacity}; "
-                f"place {place} of {queue} in the queue"
-                + (f"; creation is held back for {backoff:.1f} s" if backoff else "")
-                + (f"; last error: {self._stock.last_error}" if self._stock.last_error else "")
-                + ")"
+                f"no container of profile {ticket.profile!r} came free "
+                f"({shelf.describe(self._watch.now())}; place {place} of {queue} in the queue)"
             )
 
     def confirm(self, uid: int, request: str) -> ContainerInfo | None:
@@ -250,17 +256,19 @@ class Pool:
         with self._lock:
             return self._leases.find(name, uid)[0].info(self._watch.now(), private=True)
 
-    def with_init(self, name: str, uid: int | None, use: Callable[[Watched], int]) -> int:
-        """Return what *use* makes of a leased container's init: called with the lock held, so it is still that one.
+    def with_init(self, name: str, uid: int | None, use: Callable[[Watched, ProfileConfig], int]) -> int:
+        """Return what *use* makes of a leased container's init and profile.
+
+        It is called with the lock held, so that the init is still that one.
 
         Raises:
             UnknownLease, LeaseExpired: See `leased`.
         """
         with self._lock:
-            init = self._leases.find(name, uid)[0].init
-            if init is None:
+            member = self._leases.find(name, uid)[0]
+            if member.init is None:
                 raise UnknownLease(f"{name} has no init")
-            return use(init)
+            return use(member.init, self._stock.shelf_of(member).profile)
 
     def containers(self, uid: int | None) -> tuple[ContainerInfo, ...]:
         """Return every container; with ids and owners of the leases of *uid*, or of all if that is None."""
@@ -289,19 +297,25 @@ class Pool:
     # --- what administrators ask --------------------------------------------------------------------------------------
 
     def resize(self, size: int) -> None:
-        """Change the number of warm containers of the default profile, which is the first one.
+        """Change the number of warm containers of the main profile (see `Config.main`); see `Sizing.resize`.
 
         Raises:
             ConfigError: The size is not allowed.
         """
-        check_size(size)
         with self._lock:
-            shelf = self._stock.default_shelf
-            shelf.capacity = size
-            while shelf.has_warm and shelf.stock > size:
-                self._reaper.reap(shelf.spare(), Reason.SURPLUS)
-            self._warm_waits.look()
+            self._sizing.resize(size, self._stock.shelves[self._config.main.name])
             self._stock.wake()
+
+    def reconfigure(self, config: Config) -> None:
+        """Let another configuration be in force; see `Renewal` for what becomes of the containers."""
+        with self._lock:
+            self._config = self._upkeep.config = config
+            self._renewal.reconfigure(config)
+
+    def look_for_images(self) -> None:
+        """See whether there are newer versions of the images, and replace what was made of older ones."""
+        with self._lock:
+            self._renewal.look_for_images()
 
     def drain(self) -> None:
         """Discard warm containers, send waiters away, hand out nothing until `resume`."""

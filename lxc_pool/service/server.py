@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import stat
 import threading
@@ -84,7 +85,11 @@ managers.listener_client[SERIALIZER] = (SocketListener, connect_channel)  # type
 
 
 class PoolServer(managers.Server):
-    """Serves one `PoolService`. `_lock` guards `_sessions`."""
+    """Serves one `PoolService`. `_lock` guards `_sessions`.
+
+    Attributes:
+        signals: A descriptor that becomes readable when a signal has come, see `signal.set_wakeup_fd`; -1: none.
+    """
 
     public = []  # noqa: RUF012  # as the stock one has it, but empty: the stock calls: none of them is reachable
 
@@ -95,10 +100,10 @@ class PoolServer(managers.Server):
         self._sessions: dict[Session, threading.Thread] = {}
         self._service: PoolService | None = None
         self._pool: Pool | None = None
-        self._confirm_timeout = 5.0
         self._closing = False
         self._accepter: threading.Thread | None = None
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
+        self.signals = -1
 
     @property
     def path(self) -> str:
@@ -110,9 +115,9 @@ class PoolServer(managers.Server):
         """The listener."""
         return cast("SocketListener", self.listener)  # type: ignore[attr-defined]  # not in typeshed
 
-    def attach(self, service: PoolService, pool: Pool, confirm_timeout: float) -> None:
+    def attach(self, service: PoolService, pool: Pool) -> None:
         """Name what is served."""
-        self._service, self._pool, self._confirm_timeout = service, pool, confirm_timeout
+        self._service, self._pool = service, pool
         service.client_count = lambda: len(self._sessions)
         service.connections_of = self._connections_of
 
@@ -123,12 +128,17 @@ class PoolServer(managers.Server):
 
     def serve_forever(self) -> None:
         """Wait until `stop` is called; unlike the stock one, return then, with connections still served."""
+        poll = select.poll()
+        poll.register(self._end, select.POLLIN)
+        if self.signals >= 0:
+            poll.register(self.signals, select.POLLIN)
         while True:
-            try:
+            ready = dict(poll.poll())
+            if self.signals in ready:
+                os.read(self.signals, 512)  # before the next line, Python runs the signals' handlers
+            if self._end in ready:
                 os.eventfd_read(self._end)
-            except InterruptedError:
-                continue  # a signal's handler ran; unlike other calls, Python (3.11-3.14) does not retry this one
-            return
+                return
 
     def close(self) -> None:
         """Stop listening; connections that there are go on."""
@@ -162,7 +172,7 @@ class PoolServer(managers.Server):
         if self._strangers_of(uid) >= _MAX_STRANGERS:
             conn.close()  # it may come again when those that are there have proved themselves, or have been dropped
             return
-        session = Session(conn, self._key, self._service, self._pool, self._confirm_timeout)
+        session = Session(conn, self._key, self._service, self._pool)
         thread = threading.Thread(target=self._run, args=(session,), name="session", daemon=True)
         with self._lock:
             self._sessions[session] = thread

@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from lxc_pool.config import Config
-from lxc_pool.errors import AccessDenied, ExecFailed, LeaseExpired, QuotaExceeded
+from lxc_pool.config import Config, ProfileConfig
+from lxc_pool.errors import AccessDenied, LeaseExpired, QuotaExceeded
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.operations import READONLY, WRITABLE
 from lxc_pool.execution.protocol import MOUNT, ExecRequest, ProtocolError
 from lxc_pool.host import addresses
-from lxc_pool.host.ends import is_pidfd
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.service import trail
 from lxc_pool.service.access import Peer, Policy, owner_of
@@ -79,7 +78,7 @@ class PoolService:
             ledger_notice: Returns what people should know of the ledger, if anything.
             stop: Called with grace and keep_leases to end the service; returns at once.
         """
-        self._config = config
+        self.config = config
         self.policy = Policy(config)
         self.pace = Pace(config.max_calls)
         self.turns = Turns()
@@ -92,6 +91,7 @@ class PoolService:
         self._stop = stop
         self._began = time.monotonic()
         self.stopped = threading.Event()
+        self.configuration_notice: str | None = None
         self.stopping = False
         self.client_count: Callable[[], int] = lambda: 0
         self.connections_of: Callable[[int], int] = lambda _uid: 0
@@ -120,7 +120,13 @@ class PoolService:
                 return self._pool.containers(caller.peer.lease_scope)
             case messages.AwaitWarm(count, timeout):
                 return self._await_warm(caller, count, timeout)
-            case messages.Resize() | messages.Drain() | messages.Resume() | messages.Shutdown():
+            case (
+                messages.Resize()
+                | messages.Drain()
+                | messages.Resume()
+                | messages.LookForImages()
+                | messages.Shutdown()
+            ):
                 return self._administer(caller.peer, call)
             case messages.Hello():
                 raise ValueError("hello comes first, and once")
@@ -145,7 +151,7 @@ class PoolService:
             case messages.Renew(name, ttl):
                 return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl))
             case messages.Keep(name, ttl):
-                ttl = min(_check_seconds("ttl", ttl), self._config.max_keep)
+                ttl = min(_check_seconds("ttl", ttl), self.config.max_keep)
                 return self._pool.set_ttl(name, scope, ttl, drop_owner=True)
 
     def _administer(self, peer: Peer, call: messages.AdminCall) -> None:
@@ -160,9 +166,18 @@ class PoolService:
                 self._pool.drain()
             case messages.Resume():
                 self._pool.resume()
+            case messages.LookForImages():
+                self._pool.look_for_images()
             case messages.Shutdown(grace, keep_leases):
                 self._stop(_check_seconds("grace", grace), keep_leases)
                 self.stopped.wait()
+
+    def reconfigure(self, config: Config, policy: Policy) -> None:
+        """Let another configuration be in force: for those who are connected, from their next call on."""
+        if config.max_calls != self.config.max_calls:
+            self.pace = Pace(config.max_calls)
+        self.config = config
+        self.policy = policy
 
     def require_connection(self, peer: Peer) -> None:
         """Refuse a user's connection beyond those that one may have.
@@ -170,7 +185,7 @@ class PoolService:
         Raises:
             QuotaExceeded: It is one too many.
         """
-        limit = self._config.max_connections
+        limit = self.config.max_connections
         if not peer.is_admin and self.connections_of(peer.uid) > limit:
             raise QuotaExceeded(f"uid {peer.uid} has {limit} connections already: close some, or ask for more")
 
@@ -190,13 +205,14 @@ class PoolService:
             reaping=census.total("reaping"),
             stuck=census.total("stuck"),
             waiting=census.total("waiting"),
-            worker_count=self._config.workers,
+            worker_count=self.config.workers,
             client_count=self.client_count(),
             error_count=census.error_count,
             last_error=census.last_error,
             backoff=census.backoff,
             draining=census.draining,
             ledger=self._ledger_notice(),
+            configuration=self.configuration_notice,
             profiles=census.profiles,
         )
 
@@ -211,7 +227,7 @@ class PoolService:
         owner = owner_of(caller.peer, call.owner)
         self.policy.require_profile(caller.peer, call.profile)
         ticket = Ticket(call.request, caller.peer.uid, call.profile, identity, owner, call.ttl, caller, caller.notify)
-        quota = None if caller.peer.is_admin else Quota(self._config.max_leases, self._config.max_waiters)
+        quota = None if caller.peer.is_admin else Quota(self.config.max_leases, self.config.max_waiters)
         self._pool.request(ticket, quota)
         if not ticket.answered and call.timeout != 0:
             try:
@@ -271,7 +287,9 @@ class PoolService:
         except ProtocolError as error:
             raise ValueError(f"not a command: {error}") from error
         stdin, stdout, stderr, control = descriptors
-        with self._init(call.name, scope) as (pidfd, pid):
+        with self._init(call.name, scope) as (pidfd, pid, profile):
+            if profile.env and not request.operation:
+                request = request._replace(env=dict(profile.env) | request.env)
             self._launcher.launch(request, (stdin, stdout, stderr), control, pidfd, pid)
 
     def _mount(self, peer: Peer, call: messages.Mount, descriptors: list[int]) -> None:
@@ -283,7 +301,7 @@ class PoolService:
         access = READONLY if call.readonly else WRITABLE
         # By the kernel's word who is at the other end, not the client's: whose files these are depends on it.
         request = ExecRequest.for_operation(MOUNT, call.dst, access, str(peer.uid), str(peer.gid))
-        with self._init(call.name, peer.lease_scope) as (pidfd, pid):
+        with self._init(call.name, peer.lease_scope) as (pidfd, pid, _profile):
             self._launcher.mount(request, (source, stdout, control), pidfd, pid)
         speak, left_out = (True, 0) if peer.is_admin else self.quietly.may_speak(peer.uid)
         if speak:
@@ -300,19 +318,17 @@ class PoolService:
             )
 
     @contextlib.contextmanager
-    def _init(self, name: str, scope: int | None) -> Iterator[tuple[int, int]]:
-        """Have a pidfd of a leased container's init, and its pid, for the time of a `with`."""
-        pids: list[int] = []
+    def _init(self, name: str, scope: int | None) -> Iterator[tuple[int, int, ProfileConfig]]:
+        """Have a pidfd of a leased container's init, its pid, and its profile, for the time of a `with`."""
+        held: list[tuple[int, ProfileConfig]] = []
 
-        def hold(init: Watched) -> int:
-            if not is_pidfd(init.descriptor):
-                raise ExecFailed("commands can't be run: this host refuses pidfd_open(2); see `lxc-pool check`")
-            pids.append(init.identity.pid)
+        def hold(init: Watched, profile: ProfileConfig) -> int:
+            held.append((init.identity.pid, profile))
             return os.dup(init.descriptor)
 
         pidfd = self._pool.with_init(name, scope, hold)
         try:
-            yield pidfd, pids[0]
+            yield pidfd, *held[0]
         finally:
             os.close(pidfd)
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError, QuotaExceeded, UnknownLease
 from lxc_pool.service import trail
-from lxc_pool.service.access import Peer
+from lxc_pool.service.access import Peer, Policy
 from lxc_pool.service.fairness import CONNECTION_COST
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.service import PoolService
@@ -39,15 +39,13 @@ MESSAGE_TIMEOUT = 10.0
 class Session:
     """One client's connection. `notify` and `end` may be called from any thread, all else is its own thread's."""
 
-    def __init__(
-        self, sock: socket.socket, key: bytes, service: PoolService, pool: Pool, confirm_timeout: float
-    ) -> None:
+    def __init__(self, sock: socket.socket, key: bytes, service: PoolService, pool: Pool) -> None:
         self._socket = sock
         self._channel = Channel(sock, accept_descriptors=True)
         self._key = key
         self._service = service
         self._pool = pool
-        self._confirm_timeout = confirm_timeout
+        self._policy: Policy | None = None
         self._peer: Peer | None = None
         self._wake = -1
         self._offer: str | None = None
@@ -127,9 +125,10 @@ class Session:
         self._channel.deadline = time.monotonic() + HANDSHAKE_TIMEOUT
         denied: LxcPoolError | None = None
         try:
-            self._peer = self._service.policy.peer_of(self._socket)
+            policy = self._policy = self._service.policy
+            self._peer = policy.peer_of(self._socket)
             self._keep_pace(CONNECTION_COST)
-            self._service.policy.require_user(self._peer)
+            policy.require_user(self._peer)
             self._service.require_connection(self._peer)
         except (AccessDenied, QuotaExceeded) as error:
             denied = error
@@ -158,7 +157,7 @@ class Session:
     def _take_and_answer(self) -> bool:
         channel = self._channel
         # Whoever was made an offer has to say something soon: others may be waiting for that container.
-        channel.deadline = None if self._offer is None else time.monotonic() + self._confirm_timeout
+        channel.deadline = None if self._offer is None else time.monotonic() + self._service.config.confirm_timeout
         try:
             body = channel.recv_bytes(rest_within=MESSAGE_TIMEOUT)
         except TimeoutError:
@@ -170,10 +169,14 @@ class Session:
         call = messages.decode_call(body)
         self._last_call = isinstance(call, messages.Shutdown)
         descriptors = channel.take_descriptors()
+        denied = self._denied()
         offer, self._offer = self._offer, None
-        if offer is not None and not (isinstance(call, (messages.Confirm, messages.Abandon)) and call.request == offer):
+        answers = isinstance(call, (messages.Confirm, messages.Abandon)) and call.request == offer
+        if offer is not None and (denied is not None or not answers):
             self._pool.take_back(self.peer.uid, offer, self)
         try:
+            if denied is not None:
+                raise denied
             reply = messages.encode_result(self._service.answer(self, call, descriptors))
         except (AccessDenied, QuotaExceeded, UnknownLease) as error:
             self._record_refusal(error)
@@ -195,6 +198,18 @@ class Session:
             if work is not None:
                 work()
         return not (self._last_call and self._service.stopped.is_set())
+
+    def _denied(self) -> AccessDenied | None:
+        """Return why the client may use the service no more, if the configuration has changed since it was let in."""
+        policy = self._service.policy
+        if policy is not self._policy:
+            self._peer = policy.look_again(self.peer)
+            try:
+                policy.require_user(self._peer)
+            except AccessDenied as error:
+                return error
+            self._policy = policy
+        return None
 
     def _keep_pace(self, calls: int) -> None:
         """Wait until this user's turn has come, if it asks more than it may."""

@@ -23,7 +23,7 @@ class Stock:
         lock: Held for decisions only.
         changed: Its condition, notified at every move.
         members: Every container by name.
-        shelves: The profiles by name; the first is the default one.
+        shelves: The profiles by name, as configured; behind them those that are retired.
         to_reap: Those in REAPING that no lane has taken on yet, oldest first.
         draining: Nothing is handed out or made until this ends.
         closed: The same, for ever.
@@ -46,18 +46,34 @@ class Stock:
         self._journal = journal
         self._rng = rng
 
-    @property
-    def default_shelf(self) -> Shelf:
-        """The shelf of the first profile."""
-        return next(iter(self.shelves.values()))
-
     def shelf_of(self, member: Member) -> Shelf:
         """Return the shelf of a container's profile."""
         return self.shelves[member.profile]
 
-    def add_shelf(self, profile: ProfileConfig) -> Shelf:
-        """Take in a profile."""
-        return self.shelves.setdefault(profile.name, Shelf(profile, self._rng))
+    def arrange(self, profiles: Sequence[ProfileConfig]) -> None:
+        """Have a shelf for each of *profiles*, in their order; those of others are retired."""
+        shelves = {}
+        for profile in profiles:
+            shelf = self.shelves.pop(profile.name, None) or Shelf(profile, self._rng)
+            shelf.profile, shelf.retired = profile, False
+            shelves[profile.name] = shelf
+        for name, shelf in self.shelves.items():
+            shelf.retired = True
+            shelves[name] = shelf
+        self.shelves = shelves
+
+    def add_retired(self, profile: ProfileConfig) -> None:
+        """Have a shelf for a profile that the configuration does not have, if there is none."""
+        if profile.name not in self.shelves:
+            shelf = self.shelves[profile.name] = Shelf(profile, self._rng)
+            shelf.retired = True
+            shelf.capacity = shelf.least = shelf.most = 0
+
+    def forget_retired(self) -> None:
+        """Drop retired shelves whose containers are gone."""
+        for name, shelf in list(self.shelves.items()):
+            if shelf.retired and not any(shelf.counts.values()):
+                del self.shelves[name]
 
     def announce(self, member: Member) -> None:
         """Take in a container that is to be built.
@@ -96,8 +112,11 @@ class Stock:
             self._journal.erase(member.name)
         except BackendError as error:
             self.note_error(str(error))  # the next service finds an entry without a container, and erases that
-        self.shelf_of(member).counts[member.state] -= 1
+        shelf = self.shelf_of(member)
+        shelf.counts[member.state] -= 1
         del self.members[member.name]
+        if shelf.retired:
+            self.forget_retired()
         self.changed.notify_all()
 
     def rewrite(self, member: Member) -> None:
@@ -124,7 +143,9 @@ class Stock:
             self.note_error(str(error))
             raise
 
-    def note_error(self, text: str) -> None:
-        """Take note of a failure."""
+    def note_error(self, text: str, *shelves: Shelf) -> None:
+        """Take note of a failure: it is why *shelves* are not ready."""
         self.error_count += 1
         self.last_error = text
+        for shelf in shelves:
+            shelf.last_error = text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -60,8 +61,10 @@ class Upkeep:
         watch: Watch,
         *,
         new_name: Callable[[], str],
-        obstacle: Callable[[], str | None],
+        obstacle: Callable[[int], str | None],
         addresses: AddressBook,
+        before: Callable[[], None],
+        image_ready: Callable[[Shelf, Image], None],
         came_up: Callable[[Member], None],
         failed: Callable[[Member], None],
         init_died: Callable[[str], None],
@@ -69,37 +72,44 @@ class Upkeep:
         """Make it; nothing happens before the first `dispatch`.
 
         Args:
-            config: Sizes and deadlines.
+            config: Deadlines; may be replaced, with the lock held.
             stock: What is decided about.
             lanes: Who does the work; opened and closed by the caller.
             watch: The clock, and who notices deaths.
             new_name: Returns a name that no container has or had.
-            obstacle: Returns why nothing can be created now, if that is so.
+            obstacle: Returns why nothing can be created now, if that is so, given the bytes that have to be free.
             addresses: Where containers' addresses are from.
+            before: Called, with the lock held, before it is decided what is to be done next.
+            image_ready: Called, with the lock held, for an image that has been prepared.
             came_up: Called, with the lock held, for a container that is up and watched.
             failed: Called, with the lock held, for one that is not.
             init_died: Called when the init of a container has ended.
         """
-        self._config = config
+        self.config = config
         self._stock = stock
         self._watch = watch
         self._new_name = new_name
         self._obstacle = obstacle
         self._obstructed = False
         self._addresses = addresses
+        self._before = before
+        self._image_ready = image_ready
         self._came_up = came_up
         self._failed = failed
         self._init_died = init_died
+        self._turns = itertools.count(1)
         self._collection_due = True
         self._slots = [Slot(lane) for lane in lanes]
 
     def dispatch(self) -> None:
         """Give every idle lane what is to be done next."""
-        obstacle = self._obstacle()
+        obstacle = self._obstacle(self.config.min_free)
         while (pick := self._choose(obstacle)) is not None:
             slot, job = pick
             about_images = isinstance(job, (PrepareJob, CollectJob))
-            timeout = self._config.image_timeout if about_images else self._config.create_timeout
+            timeout = self.config.image_timeout if about_images else self.config.create_timeout
+            if isinstance(job, CreateJob):
+                timeout += job.blueprint.profile.probe_timeout or 0.0
             timer = self._watch.call_at(self._watch.now() + timeout, functools.partial(self._overdue, slot, job))
             with self._stock.lock:
                 if slot.job is job:
@@ -119,14 +129,18 @@ class Upkeep:
         """Choose: somebody waits → create; else remove what is to be removed; else create; else old images."""
         stock, now = self._stock, self._watch.now()
         shelves = [] if stock.closed or stock.draining else list(stock.shelves.values())
+        if shelves:
+            self._before()
         for shelf in shelves:
             if shelf.wants_image(now):
-                shelf.preparing = True
+                shelf.preparing = shelf.profile.image
+                shelf.look_again = False
                 return PrepareJob(shelf.profile.image)
         wanting = [shelf for shelf in shelves if shelf.wants_container(now)]
         if wanting and obstacle is not None:
-            self._await_room(obstacle, now)
+            self._await_room(obstacle, now, wanting)
             wanting = []
+        wanting.sort(key=lambda shelf: shelf.turn)
         for shelf in wanting:
             if shelf.waiters and (creation := self._begin_creation(shelf, now)):
                 return creation
@@ -139,17 +153,17 @@ class Upkeep:
 
     def _begin_collection(self) -> CollectJob | None:
         """Have old images removed, if there may be one that nobody uses any more."""
-        if not self._collection_due or any(shelf.preparing for shelf in self._stock.shelves.values()):
+        if not self._collection_due or any(shelf.preparing is not None for shelf in self._stock.shelves.values()):
             return None
         self._collection_due = False
         images = {shelf.image.ref for shelf in self._stock.shelves.values() if shelf.image is not None}
         return CollectJob(frozenset(images | {member.image for member in self._stock.members.values()}))
 
-    def _await_room(self, obstacle: str, now: float) -> None:
+    def _await_room(self, obstacle: str, now: float, wanting: Sequence[Shelf]) -> None:
         """Look again in a while; nothing tells when a disk has room again."""
         if not self._obstructed:
             self._obstructed = True
-            self._stock.note_error(obstacle)
+            self._stock.note_error(obstacle, *wanting)
             log.warning("nothing is created: %s", obstacle)
             self._watch.call_at(now + _ROOM_PAUSE, self._look_again)
 
@@ -159,11 +173,11 @@ class Upkeep:
 
     def _begin_creation(self, shelf: Shelf, now: float) -> CreateJob | None:
         assert shelf.image is not None, "a shelf without an image wants no container"
-        member = Member(self._new_name(), shelf.profile.name, shelf.image.ref, shelf.profile.recipe, now)
+        member = Member(self._new_name(), shelf.profile.name, shelf.image.ref, shelf.recipe, now)
         try:
             member.endpoint = self._addresses.take(member.name, shelf.profile)
         except BackendError as error:
-            self._stock.note_error(str(error))
+            self._stock.note_error(str(error), shelf)
             self._back_off(shelf)
             return None
         try:
@@ -172,7 +186,8 @@ class Upkeep:
             self._addresses.give_back(member.name)
             self._back_off(shelf)
             return None
-        deadline = now + _OWN_DEADLINE * self._config.create_timeout
+        shelf.turn = next(self._turns)
+        deadline = now + _OWN_DEADLINE * self.config.create_timeout
         return CreateJob(Blueprint(member.name, shelf.profile, shelf.image, deadline, member.endpoint))
 
     def _done(self, slot: Slot, job: Job, outcome: Outcome) -> None:
@@ -229,30 +244,41 @@ class Upkeep:
     def _settle(self, job: Job, outcome: Outcome, init: Watched | None) -> None:
         """Move what the job was about to where it belongs now. With the lock held."""
         if isinstance(outcome, LxcPoolError):
-            self._stock.note_error(str(outcome))
+            self._stock.note_error(str(outcome), *self._concerned(job))
             log.warning("%s failed: %s", _describe(job), outcome)
         match job:
-            case PrepareJob(name):
-                for shelf in self._stock.shelves.values():
-                    if shelf.preparing and shelf.profile.image == name:
-                        shelf.preparing = False
-                        self._settle_prepared(shelf, outcome)
+            case PrepareJob():
+                for shelf in self._concerned(job):
+                    self._settle_prepared(shelf, outcome)
             case CreateJob(blueprint):
-                if isinstance(outcome, ImageError):
-                    self._stock.shelves[blueprint.profile.name].image = None  # it is gone: look for it again
+                (shelf,) = self._concerned(job)
+                if isinstance(outcome, ImageError) and shelf.image is blueprint.image:
+                    shelf.image = None  # it is gone: look for it again
                 self._settle_created(self._stock.members[blueprint.name], outcome, init)
             case DestroyJob(name):
                 self._settle_destroyed(self._stock.members[name], outcome)
             case CollectJob():
                 pass  # what it failed at, the next one tries again
 
+    def _concerned(self, job: Job) -> list[Shelf]:
+        """Return the shelves that a job is to make something for."""
+        match job:
+            case PrepareJob(image):
+                return [shelf for shelf in self._stock.shelves.values() if shelf.preparing == image]
+            case CreateJob(blueprint):
+                return [self._stock.shelf_of(self._stock.members[blueprint.name])]
+            case DestroyJob() | CollectJob():
+                return []
+
     def _settle_prepared(self, shelf: Shelf, outcome: Outcome) -> None:
+        prepared, shelf.preparing = shelf.preparing, None
+        if shelf.profile.image != prepared:
+            return  # the configuration has changed meanwhile
         if isinstance(outcome, Image):
             self._collection_due = True
-            shelf.image = outcome
             shelf.backoff.succeed()
-            log.info("image %s is ready", outcome.ref)
-        else:
+            self._image_ready(shelf, outcome)
+        elif shelf.image is None:
             self._back_off(shelf)
 
     def _settle_created(self, member: Member, outcome: Outcome, init: Watched | None) -> None:
@@ -264,6 +290,7 @@ class Upkeep:
             self._failed(member)
             return
         shelf.backoff.succeed()
+        shelf.last_error = None
         member.init = init
         member.since = self._watch.now()
         self._came_up(member)
@@ -276,9 +303,9 @@ class Upkeep:
             self._stock.move(member, State.STUCK)
             self._watch.call_at(self._watch.now() + pause, functools.partial(self._retry, member))
         else:
-            self._stock.drop(member)
             self._addresses.give_back(member.name)
             image = self._stock.shelf_of(member).image
+            self._stock.drop(member)
             self._collection_due |= image is None or image.ref != member.image
 
     def _retry(self, member: Member) -> None:

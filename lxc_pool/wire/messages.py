@@ -176,6 +176,10 @@ class Resume(Call, frozen=True, tag="resume"):
     """Hand out containers again."""
 
 
+class LookForImages(Call, frozen=True, tag="look_for_images"):
+    """See whether there are newer versions of the images that the pool makes containers of."""
+
+
 class Shutdown(Call, frozen=True, tag="shutdown"):
     """End the service; answered when all is closed."""
 
@@ -186,7 +190,7 @@ class Shutdown(Call, frozen=True, tag="shutdown"):
 LeaseCall = Release | Inspect | Addresses | ConsoleLog | Renew | Keep | Execute | Mount
 """What the holder of a lease asks."""
 
-AdminCall = Resize | Drain | Resume | Shutdown
+AdminCall = Resize | Drain | Resume | LookForImages | Shutdown
 """What only an administrator may ask."""
 
 AnyCall = Hello | Echo | GetStatus | ListContainers | AwaitWarm | Get | Confirm | Abandon | LeaseCall | AdminCall

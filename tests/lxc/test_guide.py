@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.support.real_service import ROOT, Service
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.host
 
@@ -167,20 +168,24 @@ def test_the_guide_does_what_it_says(tmp_path: Path, shared_service: Service) ->
     reader = Reader(tmp_path, shared_service)
     with reader.python() as runner:
         for block in blocks():
-            if block.name is not None:
+            if block.name == "/etc/lxc-pool.toml":
+                shared_service.config_path.write_text(block.text)
+            elif block.name is not None:
                 (reader.directory / block.name).write_text(block.text)
             elif block.language == "python":
                 reader.execute(runner, block)
             else:
                 assert block.language == "console"
                 reader.type(block)
+                if "kill -HUP" in block.text:
+                    eventually(lambda: "has been read again" in shared_service.log, "the service has read it")
 
 
 def test_no_block_of_the_guide_is_overlooked() -> None:
     guide = GUIDE.read_text()
     assert len(blocks()) * 2 == len(re.findall(r"^\s*```", guide, re.MULTILINE))
     assert len(blocks()) > 20
-    assert {block.language for block in blocks()} == {"python", "console"}
+    assert {block.language for block in blocks()} == {"python", "console", "toml"}
 
 
 @pytest.mark.parametrize(

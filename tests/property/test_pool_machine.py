@@ -1,4 +1,4 @@
-"""Random histories of a pool, with faults, against what must hold after every step."""
+"""Random histories of a pool of several profiles, with faults, against what must hold after every step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lxc_pool.backend.memory import HANG, Fault, Step
-from lxc_pool.errors import BackendError, DestroyFailed, LeaseError, PoolClosed, PoolDraining, StartFailed
-from lxc_pool.model import State
+from lxc_pool.config import Config, ProfileConfig
+from lxc_pool.errors import BackendError, ConfigError, DestroyFailed, LeaseError, PoolClosed, PoolDraining, StartFailed
+from lxc_pool.model import ProfileStatus, State
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.recovery import judge
 from lxc_pool.service.waiters import Ticket
@@ -21,6 +22,18 @@ from tests.support.world import MemoryLane, World
 
 CREATION: tuple[Step, ...] = ("clone", "start", "probe")
 REMOVAL: tuple[Step, ...] = ("stop", "destroy")
+
+PROFILES = ("default", "other", "third")
+
+SHAPES = (
+    (ProfileConfig("default", 3),),
+    (ProfileConfig("default", 2, min=1, max=4), ProfileConfig("other", 0, max=3), ProfileConfig("third", 1, min=0)),
+    (ProfileConfig("default", 2, min=1, max=4, pids=7), ProfileConfig("other", 2), ProfileConfig("third", 1, min=0)),
+    (ProfileConfig("other", 1, min=0, max=2), ProfileConfig("default", 1, min=0, max=2)),
+)
+"""Of configurations: with and without bounds, with other containers of a profile, with profiles that come and go."""
+
+LIMITS = (None, 5)
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,29 +44,42 @@ class Holder:
     ticket: Ticket
 
 
+def configuration(shape: int, limit: int | None) -> Config:
+    return Config(SHAPES[shape], workers=2, max=limit, shrink_after=20.0)
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Clients that ask, confirm, release and die; a service that is killed; an engine and a ledger that fail."""
+    """Clients that ask, confirm, release and die; a service that is killed, and told of new configurations and images;
+    an engine and a ledger that fail.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(size=3, workers=2)
-        self.capacity = 3
+        self.world = World(configuration(1, 5))
+        self.moved_bounds = False
         self.tickets: list[Ticket] = []
         self.leases: list[Holder] = []
         self.over: set[str] = set()
-        self.asked: Counter[tuple[int, str]] = Counter()
         self.order: list[Ticket] = []
         self.pids = itertools.count(100)
         self.runs = itertools.count(1)
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
-    @rule(uid=st.sampled_from([1000, 1001]), ttl=st.sampled_from([None, None, 5.0, 50.0]), clients=st.integers(1, 5))
-    def ask(self, uid: int, ttl: float | None, clients: int) -> None:
+    @rule(
+        uid=st.sampled_from([1000, 1001]),
+        profile=st.sampled_from(PROFILES),
+        ttl=st.sampled_from([None, None, 5.0, 50.0]),
+        clients=st.integers(1, 5),
+    )
+    def ask(self, uid: int, profile: str, ttl: float | None, clients: int) -> None:
         for _ in range(clients):
             try:
-                ticket = self.world.ask("job", uid=uid, pid=next(self.pids), ttl=ttl, session=object())
+                ticket = self.world.ask("job", uid=uid, profile=profile, pid=next(self.pids), ttl=ttl, session=object())
             except (PoolDraining, PoolClosed):
+                return
+            except ValueError:
+                assert profile not in [known.name for known in self.world.config.profiles]
                 return
             self.tickets.append(ticket)
             self.order.append(ticket)
@@ -70,6 +96,7 @@ class PoolMachine(RuleBasedStateMachine):
             return  # the ledger failed: it is back in the pool
         if info is not None:
             assert info.name not in self.over, "a container that was used is handed out again"
+            assert info.profile == ticket.profile
             assert info.name not in [lease.name for lease in self.leases], "a container has two owners"
             self.leases.append(Holder(info.name, ticket))
             self.over.add(info.name)
@@ -146,7 +173,7 @@ class PoolMachine(RuleBasedStateMachine):
             rng=random.Random(1),  # noqa: S311  # jitter
         )
         world.pool.restore(judge(entries, world.backend.names(), world.config, world.backend.newest, world.watch.now()))
-        self.capacity = 3
+        self.moved_bounds = False
         self.tickets.clear()
         self.order.clear()
         self.leases = [lease for lease in self.leases if self._is_leased(lease.name)]
@@ -155,8 +182,29 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(size=st.integers(1, 5))
     def resize(self, size: int) -> None:
-        self.world.pool.resize(size)
-        self.capacity = size
+        try:
+            self.world.pool.resize(size)
+        except ConfigError:
+            assert self.world.config.max is not None
+            return
+        self.moved_bounds = True
+        assert self.profiles()[self.world.config.main.name].capacity == size
+
+    @rule(shape=st.integers(0, len(SHAPES) - 1), limit=st.sampled_from(LIMITS))
+    def reload(self, shape: int, limit: int | None) -> None:
+        before = self.leased()
+        self.world.config = configuration(shape, limit)
+        self.world.pool.reconfigure(self.world.config)
+        self.tickets = [ticket for ticket in self.tickets if ticket.error is None]
+        assert self.leased() == before, "a lease has not outlived the reload"
+
+    @rule()
+    def new_image(self) -> None:
+        warm = {name for name, state in self.states().items() if state is State.WARM}
+        self.world.backend.publish("busybox")
+        self.world.pool.look_for_images()
+        gone = warm - {name for name, state in self.states().items() if state is State.WARM}
+        assert not gone, "an old container has gone before a new one was there"
 
     @rule()
     def drain(self) -> None:
@@ -190,10 +238,41 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def capacity_is_never_exceeded(self) -> None:
-        counts = Counter(info.state for info in self.world.pool.containers(None))
-        reserved_or_building = counts[State.RESERVED] + counts[State.BUILDING]
-        # A pool made smaller still has what is reserved or being built: that is reaped as it comes back.
-        assert counts[State.WARM] + reserved_or_building <= max(self.capacity, reserved_or_building)
+        for name, profile in self.profiles().items():
+            kept = profile.size + profile.reserved + profile.building
+            # A profile made smaller still has what is reserved or being built: that is reaped as it comes back. While
+            # outdated ones are replaced, there may be a quarter more, one at least.
+            surge = max(1, profile.capacity // 4) if profile.outdated or not profile.size else 0
+            assert profile.size <= profile.capacity + surge, name
+            assert kept <= max(profile.capacity + surge, profile.reserved + profile.building), name
+
+    @invariant()
+    def every_profile_is_within_its_bounds_and_the_pools(self) -> None:
+        capacities = 0
+        for name, profile in self.profiles().items():
+            assert profile.min <= profile.capacity <= profile.max, name
+            capacities += profile.capacity
+        if not self.moved_bounds:
+            bounds = {profile.name: profile.bounds for profile in self.world.config.profiles}
+            for name, profile in self.profiles().items():
+                assert (profile.min, profile.max) == bounds.get(name, (0, 0))
+        assert self.world.config.max is None or capacities <= self.world.config.max
+
+    @invariant()
+    def nobody_waits_for_a_profile_that_is_no_more(self) -> None:
+        known = [profile.name for profile in self.world.config.profiles]
+        for name, profile in self.profiles().items():
+            assert name in known or not (profile.waiting or profile.size)
+
+    @invariant()
+    def an_outdated_container_is_offered_only_while_no_other_is_warm(self) -> None:
+        """Of those in the queue: what would be offered next."""
+        for shelf in self.world.pool._stock.shelves.values():
+            members = [m for m in self.world.pool._stock.members.values() if m.state is State.WARM]
+            mine = [member for member in members if member.profile == shelf.profile.name]
+            assert shelf.outdated == sum(not shelf.is_current(member) for member in mine)
+            if shelf.has_warm and shelf.outdated < len(mine):
+                assert shelf.is_current(shelf._warm[0])
 
     @invariant()
     def every_lease_is_its_holders(self) -> None:
@@ -203,13 +282,14 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_while_a_container_is_warm(self) -> None:
-        census = self.world.pool.census()
-        assert not (census.total("size") and census.total("waiting"))
+        for name, profile in self.profiles().items():
+            assert not (profile.size and profile.waiting), name
 
     @invariant()
     def those_of_one_user_are_served_in_the_order_in_which_they_came(self) -> None:
-        for uid in (1000, 1001):
-            waiting = [ticket for ticket in self.order if ticket.uid == uid and ticket in self.tickets]
+        for uid, profile in itertools.product((1000, 1001), PROFILES):
+            mine = [ticket for ticket in self.order if (ticket.uid, ticket.profile) == (uid, profile)]
+            waiting = [ticket for ticket in mine if ticket in self.tickets]
             answered = [ticket.answered for ticket in waiting]
             assert answered == sorted(answered, reverse=True), "somebody was overtaken"
 
@@ -226,9 +306,34 @@ class PoolMachine(RuleBasedStateMachine):
             if info.state is State.LEASED:
                 world.pool.release(info.name, None)
         world.advance(200)
+        census = world.pool.census()
+        known = {profile.name: profile for profile in world.config.profiles}
+        assert list(census.profiles) == list(known), "a profile that is no more is still there"
+        for profile in census.profiles.values():
+            assert profile.size == profile.capacity
+            assert profile.outdated == 0
         counts = Counter(info.state for info in world.pool.containers(None))
-        assert counts == {State.WARM: self.capacity}
-        assert len(world.backend.present) == self.capacity
+        assert counts == Counter({State.WARM: census.total("capacity")})
+        assert len(world.backend.present) == census.total("capacity")
+        image = world.backend.newest("busybox")
+        assert image is not None
+        # Where the ledger has failed, there may be entries of containers that are gone.
+        entries = [entry for name, entry in world.journal.entries.items() if name in world.backend.present]
+        assert {entry.recipe for entry in entries} <= {profile.recipe for profile in known.values()}
+        assert {entry.image for entry in entries} <= {image.ref}
+        world.advance(100 * world.config.shrink_after)
+        assert {name: profile.size for name, profile in self.profiles().items()} == {
+            name: profile.min for name, profile in self.profiles().items()
+        }, "nobody asks, and more than min are kept"
+
+    def profiles(self) -> dict[str, ProfileStatus]:
+        return self.world.pool.census().profiles
+
+    def states(self) -> dict[str, State]:
+        return {info.name: info.state for info in self.world.pool.containers(None)}
+
+    def leased(self) -> list[str]:
+        return sorted(name for name, state in self.states().items() if state is State.LEASED)
 
     def _is_leased(self, name: str) -> bool:
         return any(info.name == name and info.state is State.LEASED for info in self.world.pool.containers(None))

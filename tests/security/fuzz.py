@@ -121,6 +121,7 @@ CALLS: st.SearchStrategy[messages.Call] = st.one_of(
     st.builds(messages.Resize, _numbers),
     st.just(messages.Drain()),
     st.just(messages.Resume()),
+    st.just(messages.LookForImages()),
     st.builds(messages.Shutdown, _seconds, st.booleans()),
 )
 """Every declared call."""

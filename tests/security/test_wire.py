@@ -221,9 +221,12 @@ def every_call() -> dict[str, list[object]]:
         "renew": ["x", 1.0],
         "keep": ["x", 1.0],
         "execute": ["x", b""],
+        "console_log": ["x"],
+        "mount": ["x", b"/x", True],
         "resize": [1],
         "drain": [],
         "resume": [],
+        "look_for_images": [],
         "shutdown": [0.0, False],
     }
 

@@ -78,6 +78,7 @@ class Service:
         self.host_dir = self.directory / "host"
         self.state_dir = self.directory / "state"
         self.log_path = self.directory / "log"
+        self.config_path = self.directory / "lxc-pool.toml"
         self.containers = self.state_dir / "containers"
         self.mark = uuid.uuid4().hex
         self.process: subprocess.Popen[bytes] | None = None
@@ -156,9 +157,8 @@ class Service:
         if size is not None:
             command += ["--size", str(size)]
         # A configuration of its own always: the host's must not come in.
-        file = self.directory / "lxc-pool.toml"
-        file.write_text("[pool]\nworkers = 2\n" if config is None else config)
-        command += ["--config", str(file)]
+        self.config_path.write_text("[pool]\nworkers = 2\n" if config is None else config)
+        command += ["--config", str(self.config_path)]
         environment = os.environ | {_MARK: self.mark, "PATH": ":".join([*map(str, path), os.environ["PATH"]])}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(

@@ -135,17 +135,20 @@ class MemoryLane:
 class World:
     """A pool, its backend, its lanes and its clock."""
 
-    def __init__(self, size: int = 3, workers: int = 2, **profiles: int) -> None:
-        sizes = profiles or {"default": size}
-        self.config = Config(
-            profiles=tuple(ProfileConfig(name, size) for name, size in sizes.items()),
-            workers=workers,
-            create_timeout=30.0,
-        )
+    def __init__(self, size: int | Config = 3, workers: int = 2, **profiles: int) -> None:
+        """Make them for a default profile of that size, for *profiles* of those sizes, or for a configuration."""
+        if isinstance(size, Config):
+            self.config = size
+        else:
+            self.config = Config(
+                profiles=tuple(ProfileConfig(*item) for item in (profiles or {"default": size}).items()),
+                workers=workers,
+                create_timeout=30.0,
+            )
         self.watch = FakeWatch()
         self.backend = MemoryBackend()
         self.journal = MemoryJournal()
-        self.lanes = [MemoryLane(self.backend, self.watch) for _ in range(workers)]
+        self.lanes = [MemoryLane(self.backend, self.watch) for _ in range(self.config.workers)]
         numbers = itertools.count(1)
         self.pool = Pool(
             self.config,

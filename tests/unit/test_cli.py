@@ -118,7 +118,7 @@ def test_status_shows_what_goes_wrong(service: MemoryService, lxc_pool: Terminal
 def test_status_shows_how_long_creation_is_held_back(
     service: MemoryService, lxc_pool: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = service.pool._stock.default_shelf
+    shelf = service.pool._stock.shelves["default"]
     monkeypatch.setattr(shelf.backoff, "remaining", lambda _now: 2.5)
     assert lxc_pool.run("status") == 0
     assert "creation is held back for 2.5 s" in lxc_pool.out

@@ -34,6 +34,8 @@ def test_every_key_is_read() -> None:
         create_timeout = 10
         image_timeout = 60.5
         confirm_timeout = 1
+        max = 9
+        shrink_after = 30
         [access]
         group = "testers"
         [profile.default]
@@ -41,18 +43,34 @@ def test_every_key_is_read() -> None:
         image = "debian"
         network = "empty"
         size = 2
+        min = 0
+        max = 4
         probe = ["test", "-e", "/ready"]
+        probe_timeout = 20
+        env = { LANG = "de_DE.UTF-8", EMPTY = "" }
         """
     )
     assert found == Config(
         profiles=(
             ProfileConfig("default", 7),
-            ProfileConfig("big-one", 2, "debian", "empty", ("test", "-e", "/ready")),
+            ProfileConfig(
+                "big-one",
+                2,
+                "debian",
+                "empty",
+                ("test", "-e", "/ready"),
+                min=0,
+                max=4,
+                probe_timeout=20.0,
+                env=(("LANG", "de_DE.UTF-8"), ("EMPTY", "")),
+            ),
         ),
         workers=3,
         create_timeout=10.0,
         image_timeout=60.5,
         confirm_timeout=1.0,
+        max=9,
+        shrink_after=30.0,
         group="testers",
     )
 
@@ -61,6 +79,36 @@ def test_the_pools_size_is_that_of_the_default_profile_and_of_no_other() -> None
     assert [p.size for p in read("pool.size = 9\n[profile.a]\n[profile.default]").profiles] == [1, 9]
     assert [p.size for p in read("pool.size = 9\n[profile.a]\n[profile.b]").profiles] == [9, 1]
     assert [p.size for p in read("[profile.default]\nsize = 2").profiles] == [2]
+
+
+def test_a_profile_has_its_size_unless_it_has_bounds() -> None:
+    def bounds(text: str, size: int | None = None) -> tuple[int, int, int]:
+        profile = read(text, size).main
+        return profile.size, *profile.bounds
+
+    assert bounds("[profile.a]\nsize = 3") == (3, 3, 3)
+    assert bounds("[profile.a]\nsize = 3\nmin = 1") == (3, 1, 3)
+    assert bounds("[profile.a]\nsize = 3\nmax = 9") == (3, 3, 9)
+    assert bounds("[profile.a]\nsize = 0") == (0, 0, 1)
+    # A size that nobody has given is as near to the usual one as the bounds allow.
+    assert bounds("[profile.a]\nmax = 3") == (3, 3, 3)
+    assert bounds("[profile.a]\nmin = 7") == (7, 7, 7)
+    assert bounds("[profile.a]\nmin = 1\nmax = 9") == (5, 1, 9)
+    # One on the command line moves them.
+    assert bounds("[profile.a]\nmin = 2\nmax = 3", 1) == (1, 1, 3)
+    assert bounds("[profile.a]\nmin = 2\nmax = 3", 8) == (8, 2, 8)
+
+
+def test_the_main_profile_is_the_default_one_or_else_the_first() -> None:
+    assert read("[profile.a]\n[profile.default]").main.name == "default"
+    assert read("[profile.b]\n[profile.a]").main.name == "b"
+
+
+def test_what_a_container_is_made_by_is_not_how_many_there_are_or_whom_they_are_for() -> None:
+    plain = ProfileConfig("a", 1)
+    same = ProfileConfig("b", 2, min=1, max=3, allow=("x",), probe_timeout=1.0, env=(("A", "b"),))
+    assert plain.recipe == same.recipe
+    assert plain.recipe != ProfileConfig("a", 1, probe=("true",)).recipe
 
 
 def test_a_size_on_the_command_line_is_stronger_than_the_files() -> None:
@@ -115,6 +163,23 @@ def test_a_size_of_0_on_the_command_line_is_refused() -> None:
         ("[profile.a]\nprobe = ['']\n", "line 2: profile.a.probe", "must be a list of strings"),
         ("[profile.Big]\n", "line 1: profile.Big", "a profile's name is 1 to 32 of a-z, 0-9, - and _"),
         ("pool = 5\n", "line 1: pool", "must be a table, not 5"),
+        ("[profile.a]\nsize = -1\n", "line 2: profile.a.size", "must be an integer from 0 to 1000, not -1"),
+        ("[profile.a]\nmin = 3\nmax = 2\n", "line 2: profile.a.min", "must be at most max, which is 2, not 3"),
+        ("[profile.a]\nsize = 2\nmin = 3\n", "line 3: profile.a.min", "must be at most size, which is 2, not 3"),
+        ("[profile.a]\nsize = 2\nmax = 1\n", "line 3: profile.a.max", "must be at least size, which is 2, not 1"),
+        ("[pool]\nsize = 4\n[profile.default]\nmax = 3\n", "line 4: profile.default.max", "size, which is 4"),
+        ("[profile.a]\nmax = 0\n", "line 2: profile.a.max", "must be an integer from 1 to 1000, not 0"),
+        ("[pool]\nmax = 2\n[profile.a]\nsize = 3\n", "line 2: pool.max", "must be at least 3, which the profiles'"),
+        (
+            "[pool]\nmax = 2\n[profile.a]\nsize = 2\n[profile.b]\nsize = 0\n",
+            "line 2: pool.max",
+            "must be above 2, which the profiles' min add up to: some have min = 0",
+        ),
+        ("[pool]\nshrink_after = 0\n", "line 2: pool.shrink_after", "must be a number of seconds above 0"),
+        ("[profile.a]\nprobe_timeout = 0\n", "line 2: profile.a.probe_timeout", "must be a number of seconds above 0"),
+        ("[profile.a]\nenv = 5\n", "line 2: profile.a.env", "must be a table, not 5"),
+        ("[profile.a.env]\nA = 5\n", "line 2: profile.a.env.A", "must be a string without NUL, not 5"),
+        ("[profile.a]\nenv = { 'A=B' = 'x' }\n", "profile.a.env.A=B", "a variable's name is of A-Z"),
         ("[profile]\na = 5\n", "line 2: profile.a", "must be a table, not 5"),
     ],
 )

@@ -111,7 +111,7 @@ def test_beside_a_service_that_can_not_be_asked_nothing_is_removed(
     image.json("import", "mine", root)
     monkeypatch.setattr(directories, "running_service", lambda _directory: 4711)
 
-    def refuse(_host_dir: Path) -> None:
+    def refuse(_host_dir: Path, timeout: float) -> None:  # noqa: ARG001  # as the real one has it
         raise errors.ServiceUnavailable("no service answers")
 
     monkeypatch.setattr("lxc_pool.PoolManager.connect", refuse)

@@ -29,6 +29,7 @@ from lxc_pool.wire.messages import (
     Inspect,
     Keep,
     ListContainers,
+    LookForImages,
     Mount,
     Offer,
     Release,
@@ -44,11 +45,14 @@ from lxc_pool.wire.messages import (
 )
 
 COUNTS: dict[str, Any] = dict.fromkeys(PoolStatus.__dataclass_fields__, 0)
-PROFILE: dict[str, Any] = dict.fromkeys(ProfileStatus.__dataclass_fields__, 0) | {"image": "busybox:1"}
+PROFILE: dict[str, Any] = dict.fromkeys(ProfileStatus.__dataclass_fields__, 0) | {
+    "image": "busybox:1",
+    "last_error": None,
+}
 STATUS = PoolStatus(
     **COUNTS
     | {"running": True, "socket_path": "/s", "uptime": 0.5, "last_error": "words", "backoff": 0.25, "draining": False}
-    | {"ledger": None, "profiles": {"default": ProfileStatus(**PROFILE)}}
+    | {"ledger": None, "configuration": "words", "profiles": {"default": ProfileStatus(**PROFILE)}}
 )
 INFO = ContainerInfo("c1", "default", State.LEASED, ContainerId("job", 1, 2), 3, 0, 1.5, 4, None)
 
@@ -77,6 +81,7 @@ EXCHANGES: list[tuple[Call, Any]] = [
     (Resize(5), None),
     (Drain(), None),
     (Resume(), None),
+    (LookForImages(), None),
     (Shutdown(1.0, True), None),
 ]
 

@@ -338,7 +338,8 @@ def as_user(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize(
-    "call", [messages.Resize(3), messages.Drain(), messages.Resume(), messages.Shutdown(0.0, False)]
+    "call",
+    [messages.Resize(3), messages.Drain(), messages.Resume(), messages.LookForImages(), messages.Shutdown(0.0, False)],
 )
 def test_only_administrators_change_the_pool(
     service: MemoryService, as_user: Callable[[int], None], call: messages.Call
@@ -841,6 +842,6 @@ def test_a_server_that_serves_nothing_yet_turns_clients_away(tmp_path: Path) -> 
 def test_a_connection_that_was_broken_off_before_it_was_known_has_no_peer() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        unknown = session.Session(ours, b"", None, None, 1.0)  # type: ignore[arg-type]  # never used
+        unknown = session.Session(ours, b"", None, None)  # type: ignore[arg-type]  # never used
         with pytest.raises(InternalError, match="nobody has been let in"):
             _ = unknown.peer

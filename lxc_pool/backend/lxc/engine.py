@@ -16,12 +16,21 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lxc_pool.backend.lxc import binding, console, container_config, limits, profile_mounts, removal, resolver, rootfs
+from lxc_pool.backend.lxc import (
+    binding,
+    console,
+    container_config,
+    limits,
+    probe,
+    profile_mounts,
+    removal,
+    resolver,
+    rootfs,
+)
 from lxc_pool.backend.protocol import Blueprint, Endpoint
 from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
 from lxc_pool.host import cgroups, idranges, mounts, rtnetlink
@@ -32,9 +41,6 @@ log = logging.getLogger(__name__)
 
 _EXEC_PAUSE = 0.0005
 """Seconds between two looks whether init has been executed. There is no event for it; nearly always it has."""
-
-_PROBE_PAUSE = 0.05
-"""Seconds between two tries of a profile's probe. A guess: short beside the second that services take to come up."""
 
 _END_TIMEOUT = 2
 """Seconds, in whole ones, for a monitor to end after its init; it takes a millisecond (measured)."""
@@ -154,8 +160,8 @@ class LxcBackend:
             limits.seal(blueprint.profile, directories)
         except OSError as error:
             raise StartFailed(f"{blueprint.name} is up, but its cgroups could not be closed to it: {error}") from error
-        if probe := blueprint.profile.probe or blueprint.image.probe:
-            self._probe(blueprint, probe)
+        if command := blueprint.profile.probe or blueprint.image.probe:
+            self._probe(blueprint, command)
         return init
 
     def _clone(self, blueprint: Blueprint, directory: Path) -> int | None:
@@ -221,22 +227,20 @@ class LxcBackend:
         binding.container(blueprint.name, self.lxcpath).wait("STOPPED", _END_TIMEOUT)
 
     def _probe(self, blueprint: Blueprint, command: Sequence[str]) -> None:
-        """Run the profile's probe, or else the image's, until it succeeds.
+        """Run the profile's probe, or else the image's, until it succeeds or its time is up.
 
-        A probe that hangs hangs the lane, which is then killed at its deadline; the container goes with it.
+        What of it still runs in the container then goes with that.
         """
-        argv = ["lxc-attach", "-P", str(self.lxcpath), "-n", blueprint.name, "--clear-env", "-v", f"PATH={_PATH}", "--"]
-        while True:
-            probe = subprocess.run([*argv, *command], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-            if probe.returncode == 0:
-                return
-            if time.monotonic() + _PROBE_PAUSE > blueprint.deadline:
-                said = _printable((probe.stderr or probe.stdout).decode(errors="replace").strip()[-500:])
-                raise StartFailed(
-                    f"{blueprint.name} is up but its probe {list(command)} still ends with "
-                    f"{probe.returncode}: {said or 'it says nothing'}"
-                )
-            time.sleep(_PROBE_PAUSE)  # readiness of a foreign program has no event; see _PROBE_PAUSE
+        profile = blueprint.profile
+        variables = {"PATH": _PATH} | dict(profile.env)
+        argv = ["lxc-attach", "-P", str(self.lxcpath), "-n", blueprint.name, "--clear-env"]
+        argv += [word for name, value in variables.items() for word in ("-v", f"{name}={value}")]
+        deadline = blueprint.deadline
+        if profile.probe_timeout is not None:
+            deadline = time.monotonic() + profile.probe_timeout
+        failure = probe.run_until_success([*argv, "--", *command], deadline)
+        if failure is not None:
+            raise StartFailed(_printable(f"{blueprint.name} is up but its probe {list(command)} {failure}"))
 
 
 def _isolate(blueprint: Blueprint, endpoint: Endpoint) -> None:

@@ -1,0 +1,73 @@
+"""SIGHUP: read the configuration again, and let it be in force, as far as that goes without a restart."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from lxc_pool.config import Config
+from lxc_pool.errors import ConfigError
+from lxc_pool.service.access import Policy
+from lxc_pool.service.pool import Pool
+from lxc_pool.service.service import PoolService
+
+log = logging.getLogger(__name__)
+
+_FIXED: Final = {
+    "workers": "pool.workers",
+    "id_base": "pool.id_base",
+    "group": "access.group",
+    "key_file": "access.key_file",
+    "network": "the table network",
+}
+"""What has been given away at the start: to the lanes, containers that run, files in the host dir, the host."""
+
+
+def reload(load: Callable[[], Config], began: Config, pool: Pool, service: PoolService) -> None:
+    """Let the configuration that *load* returns be in force; if it is refused, all stays as it was.
+
+    What came of it is in the log, and in the status for as long as the service does not do what the file says.
+
+    Args:
+        load: Reads it.
+        began: What the service began with.
+        pool: Whose containers are made as it says.
+        service: Whose users it is about.
+    """
+    before = service.config
+    try:
+        wanted = load()
+        _require_network(wanted, began)
+        kept = {field: getattr(before, field) for field in _FIXED if getattr(wanted, field) != getattr(before, field)}
+        config = dataclasses.replace(wanted, **kept)
+        policy = Policy(config)
+    except ConfigError as error:
+        service.configuration_notice = f"the new configuration is refused, the one before stays: {error}"
+        log.error("%s", service.configuration_notice)  # noqa: TRY400  # not our failure: the words say it all
+        return
+    service.reconfigure(config, policy)
+    pool.reconfigure(config)
+    service.configuration_notice = None
+    log.info("the configuration has been read again, and is in force")
+    if kept:
+        keys = ", ".join(_FIXED[field] for field in kept)
+        service.configuration_notice = f"a new value waits for the next start of the service: {keys}"
+        log.warning("%s", service.configuration_notice)
+
+
+def _require_network(wanted: Config, began: Config) -> None:
+    """Refuse profiles that the network has not been made for: there are no rules of the firewall that they need.
+
+    Raises:
+        ConfigError: The message says which, and what to do.
+    """
+    known = {profile.reach for profile in began.profiles if profile.network == "bridge"}
+    for profile in wanted.profiles:
+        if profile.network == "bridge" and profile.reach not in known:
+            reach = ", ".join(profile.reach) or "nothing"
+            raise ConfigError(
+                f'profile.{profile.name}: no profile had network = "bridge" and reached {reach} when the service '
+                "began; restart it for that (`lxc-pool stop --keep-leases` keeps the leases)"
+            )

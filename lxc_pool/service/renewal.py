@@ -1,0 +1,83 @@
+"""What a new configuration, or a new version of an image, means for the containers that there are.
+
+Leases go on. Warm containers that are not what would be made now are outdated: they stay until their replacements have
+come up, a few at a time, so that there is always one to be had. Those of a profile that is no more are reaped.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from lxc_pool.config import Config, ProfileConfig
+from lxc_pool.images.store import Image
+from lxc_pool.service.handoff import Handoff
+from lxc_pool.service.lifecycle import Reason
+from lxc_pool.service.reaper import Reaper
+from lxc_pool.service.shelf import Shelf
+from lxc_pool.service.sizing import Sizing
+from lxc_pool.service.stock import Stock
+
+log = logging.getLogger(__name__)
+
+
+class Renewal:
+    """Brings the shelves up to date; everything with the stock's lock held."""
+
+    def __init__(self, stock: Stock, reaper: Reaper, handoff: Handoff, sizing: Sizing) -> None:
+        self._stock = stock
+        self._reaper = reaper
+        self._handoff = handoff
+        self._sizing = sizing
+
+    def reconfigure(self, config: Config) -> None:
+        """Let the profiles be those of *config*."""
+        before = {name: shelf.profile for name, shelf in self._stock.shelves.items() if not shelf.retired}
+        self._stock.arrange(config.profiles)
+        for shelf in list(self._stock.shelves.values()):
+            if shelf.retired:
+                self._retire(shelf)
+            elif (old := before.get(shelf.profile.name)) is not None:
+                self._change(shelf, old)
+            else:
+                log.info("profile %r is new", shelf.profile.name)
+        self._sizing.reconfigure(config, before)
+        self._stock.forget_retired()
+        self.look_for_images()
+
+    def look_for_images(self) -> None:
+        """Have a lane look whether there are newer versions of the images."""
+        for shelf in self._stock.shelves.values():
+            shelf.look_again = shelf.image is not None
+        self._stock.wake()
+
+    def image_ready(self, shelf: Shelf, image: Image) -> None:
+        """Let new containers be cloned from *image*."""
+        if shelf.image is not None and shelf.image.ref == image.ref:
+            return
+        shelf.image = image
+        log.info("image %s is ready for profile %r", image.ref, shelf.profile.name)
+        self._sort_out(shelf)
+
+    def _change(self, shelf: Shelf, old: ProfileConfig) -> None:
+        if shelf.profile.image != old.image:
+            shelf.image = None
+        if shelf.profile.recipe != old.recipe:
+            # What was wrong may have been the old profile's fault.
+            shelf.backoff.succeed()
+            shelf.last_error = None
+        shelf.recipe = shelf.profile.recipe
+        self._sort_out(shelf)
+
+    def _sort_out(self, shelf: Shelf) -> None:
+        if outdated := shelf.sort_out():
+            log.info(
+                "%d warm containers of profile %r are outdated; they are replaced, a few at a time",
+                outdated,
+                shelf.profile.name,
+            )
+
+    def _retire(self, shelf: Shelf) -> None:
+        name = shelf.profile.name
+        self._handoff.turn_away(shelf, ValueError(f"profile {name!r} is no more: the configuration has changed"))
+        while shelf.has_warm:
+            self._reaper.reap(shelf.spare(), Reason.PROFILE_REMOVED)
