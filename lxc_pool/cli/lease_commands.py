@@ -7,6 +7,7 @@ import math
 import os
 import sys
 
+from lxc_pool.cli import terminal
 from lxc_pool.cli.output import print_json
 from lxc_pool.client.container import Container
 from lxc_pool.errors import LxcPoolError
@@ -31,11 +32,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
         "--owner", type=int, metavar="PID", help="the process that holds the lease (default: this session's leader)"
     )
     get.set_defaults(function=_get)
-    run.add_argument("argv", nargs="+", metavar="CMD", help="the command, best after `--`")
+    _add_command(run)
     run.set_defaults(function=_run)
     parser = commands.add_parser("exec", parents=[common], help="run a command in a container that `get` leased")
     parser.add_argument("name", metavar="NAME")
-    parser.add_argument("argv", nargs="+", metavar="CMD", help="the command, best after `--`")
+    _add_command(parser)
     parser.set_defaults(function=_exec)
     parser = commands.add_parser("logs", parents=[common], help="show what a leased container wrote to its console")
     parser.add_argument("name", metavar="NAME")
@@ -46,16 +47,35 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     parser.set_defaults(function=_release)
 
 
+def _add_command(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "-t",
+        "--tty",
+        action="store_true",
+        default=None,
+        help="give the command a terminal of its own for all three streams (default: if stdin and stdout are one)",
+    )
+    choice.add_argument(
+        "-T",
+        "--no-tty",
+        dest="tty",
+        action="store_false",
+        help="give it none: pass bytes on as they are",
+    )
+    parser.add_argument("argv", nargs="+", metavar="CMD", help="the command, best after `--`")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     with PoolManager.connect(arguments.host_dir) as pool:
         identity = arguments.id or ContainerId.create("run")
         with pool.lease(identity, _timeout(arguments), profile=arguments.profile) as container:
-            return _run_in(container, arguments.argv)
+            return _run_in(container, arguments)
 
 
 def _exec(arguments: argparse.Namespace) -> int:
     with PoolManager.connect(arguments.host_dir) as pool:
-        return _run_in(pool.container(arguments.name), arguments.argv)
+        return _run_in(pool.container(arguments.name), arguments)
 
 
 def _get(arguments: argparse.Namespace) -> int:
@@ -116,10 +136,13 @@ def _release(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_in(container: Container, argv: list[str]) -> int:
+def _run_in(container: Container, arguments: argparse.Namespace) -> int:
     """Run a command with this process's stdin, stdout and stderr; return what a shell would."""
     try:
-        status = container.run(argv).returncode
+        if terminal.is_wanted(arguments.tty):
+            status = terminal.run(container, arguments.argv, everything=bool(arguments.tty))
+        else:
+            status = container.run(arguments.argv).returncode
     except LxcPoolError:  # first: AccessDenied is a PermissionError, too
         raise
     except FileNotFoundError as error:

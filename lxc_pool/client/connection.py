@@ -91,9 +91,9 @@ class Connection:
         return messages.decode_reply(call, body)
 
     def hold_server(self) -> int | None:
-        """Return a pidfd of the service's process; None if it is in a pid namespace that is not ours to see."""
+        """Return a pidfd of the service's process; None if there are none, or that one is not ours to see."""
         pid = self._channel.peer[0]
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(OSError):
             return os.pidfd_open(pid) if pid else None
         return None
 

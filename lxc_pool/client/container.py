@@ -177,8 +177,14 @@ class Container:
         env: dict[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
         user: str | int | None = None,
+        tty: bool | os.terminal_size = False,
     ) -> process.Process:
-        """Start a command inside; the result is used like `subprocess.Popen`. Arguments and errors as for `run`."""
+        """Start a command inside; the result is used like `subprocess.Popen`. Arguments and errors as for `run`.
+
+        Args:
+            tty: Whether the command has a controlling terminal, made in the container, which is also each stream left
+                None; or the terminal's size. Our end of it is the result's `terminal`.
+        """
         return process.Process.start(
             self._launch,
             args,
@@ -191,6 +197,7 @@ class Container:
             env=env,
             cwd=cwd,
             user=user,
+            tty=tty,
         )
 
     def push(

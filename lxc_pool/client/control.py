@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import signal
 import socket
@@ -10,8 +11,8 @@ import threading
 import time
 
 from lxc_pool.errors import ExecFailed
+from lxc_pool.execution import packets
 from lxc_pool.execution.protocol import (
-    MAX_EVENT,
     Exited,
     Failed,
     KillTree,
@@ -34,6 +35,7 @@ class Control:
     def __init__(self, sock: socket.socket) -> None:
         """Take over *sock*, the other end of which is the supervisor's."""
         self.returncode: int | None = None
+        self._master = -1
         self._socket = sock
         self._lock = threading.RLock()
         self._lost = ""
@@ -48,9 +50,21 @@ class Control:
         """Whether nothing more will be learnt about the command."""
         return self.returncode is not None or bool(self._lost)
 
+    def fileno(self) -> int:
+        """Return the socket's descriptor; -1 once it is closed."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Close the connection: a command that runs is killed with its tree."""
         self._socket.close()
+        if self._master >= 0:
+            os.close(self._master)
+            self._master = -1
+
+    def take_terminal(self) -> int | None:
+        """Return the master of the command's terminal, the caller's to close from now on; None without one."""
+        master, self._master = self._master, -1
+        return master if master >= 0 else None
 
     def await_start(self, timeout: float | None) -> Started | Failed | None:
         """Return how starting went; None if that is not known after *timeout* seconds (None: wait for ever).
@@ -133,9 +147,11 @@ class Control:
         if not poller.poll(None if timeout is None else max(0.0, timeout) * 1000):
             return None
         try:
-            data = self._socket.recv(MAX_EVENT)
+            data, master = packets.receive_beside(self._socket)
         except ConnectionError:
-            data = b""
+            data, master = b"", -1
+        if master >= 0:
+            self._master = master
         if not data:
             self._socket.close()
             return None

@@ -9,7 +9,8 @@
 What differs from `subprocess`: `pid` is the host's number of the command's process. A command whose client ends, or
 whose `Process` is garbage-collected while it runs, is killed with all that came of it. A stream left None is inherited
 like a pipe; a file, terminal or socket of the caller is copied to and from by a thread, since it must not enter a
-container, and a stdin so copied may be read further than the command read it.
+container, and a stdin so copied may be read further than the command read it. With `tty` a stream left None is a
+terminal of the container, and `terminal` its master.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from lxc_pool.client.communication import Communication
 from lxc_pool.client.control import Control
 from lxc_pool.client.stdio import Streams, Target
 from lxc_pool.errors import ExecFailed
-from lxc_pool.execution.protocol import ExecRequest, Started
+from lxc_pool.execution.protocol import ExecRequest, Started, Terminal
 
 Args = str | bytes | os.PathLike[str] | os.PathLike[bytes] | Iterable[object]
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Launch = Callable[[ExecRequest, tuple[int, int, int, int]], None]
 """Sends a request with stdin, stdout, stderr and the supervisor's control socket; they stay the caller's to close."""
+
+_DEFAULT_SIZE = os.terminal_size((80, 24))
 
 
 class Process:
@@ -47,6 +50,10 @@ class Process:
         args: As the caller gave them.
         pid: The command's process, as the host numbers it.
         stdin, stdout, stderr: Our ends of the pipes, None where no PIPE was asked for.
+        terminal: The master of the command's terminal, non-blocking, ours until `close`; None without one. What the
+            command writes there is read from it, what is written to it the command reads, or gets as a signal;
+            `termios.tcsetwinsize` changes the size. Read it before `wait`, or a command that writes more than a few
+            thousand bytes never ends.
     """
 
     def __init__(self, args: Any, control: Control, streams: Streams) -> None:
@@ -56,6 +63,7 @@ class Process:
         self.stdin: IO[Any] | None = None
         self.stdout: IO[Any] | None = None
         self.stderr: IO[Any] | None = None
+        self.terminal: int | None = None
         self._control = control
         self._streams = streams
         self._creator = os.getpid()
@@ -83,6 +91,7 @@ class Process:
         env: Mapping[str, str] | Mapping[bytes, bytes] | None = None,
         cwd: Path | None = None,
         user: str | int | None = None,
+        tty: bool | os.terminal_size = False,
         start_timeout: float | None = None,
     ) -> Process:
         """Start a command and return once it has been executed.
@@ -94,6 +103,8 @@ class Process:
             env: Variables beside the default PATH, HOME, USER and LANG; None for those alone.
             cwd: A directory in the container; None for `/`.
             user: A name or uid, or either with `:group`; None for root.
+            tty: Whether the command has a controlling terminal, which is also each stream left None; or its size, else
+                80 columns and 24 lines.
             start_timeout: Seconds that it may take until the command is executed; None for ever.
 
         Raises:
@@ -104,12 +115,18 @@ class Process:
             ExecFailed: The container can't be entered, or has ended.
             subprocess.SubprocessError: text and universal_newlines contradict each other.
         """
-        request = ExecRequest.create(args, env, cwd, user)
+        wanted = _terminal(tty, stdin, stdout, stderr)
+        request = ExecRequest.create(args, env, cwd, user, wanted)
         if not isinstance(bufsize, int):
             raise TypeError("bufsize must be an integer")
         if text is not None and universal_newlines is not None and bool(universal_newlines) != bool(text):
             raise subprocess.SubprocessError("text and universal_newlines contradict each other")
         as_text = bool(encoding or errors or text or universal_newlines)
+        if wanted is not None:  # what will be the terminal's is sent as what may enter
+            stdin, stdout, stderr = (
+                subprocess.DEVNULL if stream in wanted.streams else target
+                for stream, target in enumerate((stdin, stdout, stderr))
+            )
         streams = Streams(stdin, stdout, stderr)
         try:
             ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -128,6 +145,10 @@ class Process:
             process.abort(wait=process.pid > 0 or isinstance(exc, subprocess.TimeoutExpired))
             raise
         return process
+
+    def fileno(self) -> int:
+        """Return a descriptor that can be read once `poll` may have news; -1 when there will be none."""
+        return self._control.fileno()
 
     def poll(self) -> int | None:
         """Return the command's returncode if it has ended, else None.
@@ -224,8 +245,12 @@ class Process:
         return subprocess.TimeoutExpired(self.args, timeout or 0.0, output, errors)
 
     def close(self) -> None:
-        """Close the connection to the supervisor and the pipes; a command that still runs is killed with its tree."""
+        """Close the connection to the supervisor, the pipes, the terminal; a command that runs is killed with its tree.
+
+        Who else has the terminal as the controlling one gets SIGHUP.
+        """
         self._control.close()
+        self._close_terminal()
         for file in (self.stdin, self.stdout, self.stderr):
             if file is not None:
                 with contextlib.suppress(OSError):  # unwritten input to a command that has ended
@@ -256,7 +281,10 @@ class Process:
 
     def __del__(self) -> None:
         """Kill a command that nobody can wait for any more; a forked copy of this object does nothing."""
-        if self._control.closed or self._creator != os.getpid():
+        if self._creator != os.getpid():
+            return
+        self._close_terminal()
+        if self._control.closed:
             return
         if not self._control.ended:
             warnings.warn(f"command {self.pid} is still running: it is killed", ResourceWarning, 2, source=self)
@@ -266,12 +294,18 @@ class Process:
         """Name the command and its state."""
         return f"<{type(self).__name__}: returncode: {self.returncode} args: {self.args!r}>"
 
+    def _close_terminal(self) -> None:
+        if self.terminal is not None:
+            os.close(self.terminal)
+            self.terminal = None
+
     def _await_start(self, request: ExecRequest, timeout: float | None) -> None:
         event = self._control.await_start(timeout)
         if event is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         if isinstance(event, Started):
             self.pid = event.pid
+            self.terminal = self._control.take_terminal()
             return
         if event.stage == "user":
             raise ValueError(f"user={request.user!r}: {event.text}")
@@ -292,6 +326,19 @@ class Process:
                     options = {"write_through": True, "line_buffering": line_buffered} if index == 0 else {}
                     wrapped = io.TextIOWrapper(file, encoding, errors, **options)  # type: ignore[arg-type] # bools
                     setattr(self, name, wrapped)
+
+
+def _terminal(tty: bool | os.terminal_size, stdin: Target, stdout: Target, stderr: Target) -> Terminal | None:
+    """Return the terminal that the command gets."""
+    if tty is False:
+        return None
+    if tty is not True and not isinstance(tty, os.terminal_size):
+        raise TypeError(f"tty must be a bool or an os.terminal_size, not {tty!r}")
+    size = _DEFAULT_SIZE if tty is True else tty
+    if stderr == subprocess.STDOUT and stdout is None:
+        stderr = None
+    streams = tuple(stream for stream, target in enumerate((stdin, stdout, stderr)) if target is None)
+    return Terminal(size.lines, size.columns, streams)
 
 
 def _left(deadline: float | None) -> float | None:

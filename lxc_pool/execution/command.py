@@ -19,9 +19,11 @@ import socket
 import time
 from collections.abc import Callable
 
+from lxc_pool.execution import packets, terminal
 from lxc_pool.execution.cgroups import CommandCgroup
 from lxc_pool.execution.protocol import (
     MAX_EVENT,
+    OPENED,
     Exited,
     Failed,
     KillTree,
@@ -89,13 +91,18 @@ class Command:
         control: socket.socket,
         report: socket.socket,
         grace: float = 0.0,
+        *,
+        wants_terminal: bool = False,
     ) -> None:
         """Serve the client at *control*; hear from usher and command on *report*. Both are closed in the end.
 
-        *grace* is how many seconds it has, once the client is gone, to end by itself after a SIGTERM.
+        *grace* is how many seconds it has, once the client is gone, to end by itself after a SIGTERM. One that
+        *wants_terminal* sends out a master, which goes to the client.
         """
         self.done = False
         self._grace = grace
+        self._wants_terminal = wants_terminal
+        self._master = -1
         self.cgroup = cgroup
         self._loop = loop
         self._control = control
@@ -128,14 +135,18 @@ class Command:
             self._finish()
 
     def _on_report(self) -> None:
-        data = self._report.recv(MAX_EVENT)
+        data, fd = packets.receive_beside(self._report)
+        if fd >= 0:
+            self._take_master(fd)
         if not data:
             self._loop.forget(self._report.fileno())
             self._report.close()
             self._entering = False
             if self._pid and self._failure is None:
-                self._tell(Started(self._pid))
+                self._tell_started()
             self._advance()
+            return
+        if data == OPENED:
             return
         try:
             event = decode_event(data)
@@ -151,6 +162,31 @@ class Command:
             self._loop.watch(pidfd, self._on_exit)
             if self._doomed:
                 self._signal(signal.SIGKILL)
+
+    def _take_master(self, fd: int) -> None:
+        """Keep the master of the command's terminal for the client, if it is one and the first."""
+        if self._wants_terminal and self._master < 0:
+            with contextlib.suppress(OSError):
+                terminal.check_master(fd)
+                self._master = fd
+                return
+        os.close(fd)
+
+    def _tell_started(self) -> None:
+        if not self._wants_terminal:
+            self._tell(Started(self._pid))
+        elif self._master >= 0:
+            with contextlib.suppress(OSError):  # as in _tell
+                packets.send_beside(self._control, Started(self._pid).encode(), self._master, socket.MSG_DONTWAIT)
+            self._close_master()
+        else:  # whoever could trace the command before its execve has kept or exchanged it
+            self._failure = Failed(errno.ENOTTY, "enter", "no pseudo-terminal came out of the container")
+            self._kill_tree()
+
+    def _close_master(self) -> None:
+        if self._master >= 0:
+            os.close(self._master)
+            self._master = -1
 
     def _on_exit(self) -> None:
         self._loop.forget(self._pidfd)
@@ -230,6 +266,7 @@ class Command:
             self._control.send(event.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def _finish(self) -> None:
+        self._close_master()
         for sock in (self._control, self._report):
             if sock.fileno() >= 0:
                 self._loop.forget(sock.fileno())

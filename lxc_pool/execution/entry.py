@@ -15,12 +15,13 @@ import os
 import posix
 import select
 import signal
+import socket
 import stat
 from typing import NamedTuple, NoReturn
 
-from lxc_pool.execution import cgroups, identity, mounting, namespaces, operations
+from lxc_pool.execution import cgroups, identity, mounting, namespaces, operations, packets, terminal
 from lxc_pool.execution.confinement import Confinement
-from lxc_pool.execution.protocol import ExecRequest, Failed
+from lxc_pool.execution.protocol import OPENED, ExecRequest, Failed, Terminal
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 UMASK = 0o022
@@ -76,7 +77,8 @@ def enter_and_exec(
         _replace_null_devices()
         stage, text = "user", f"becoming user {request.user!r}"
         user = identity.load(request.user)
-        stage, text = "enter", "confining the command"
+        stage, text = "enter", "preparing the command"
+        _take_terminal(request.terminal, user)
         confinement.apply_inside()
         stage, text = "user", f"becoming user {request.user!r}"
         os.setgroups(user.groups)
@@ -164,6 +166,24 @@ def _enter(flags: int) -> None:  # pragma: no cover - as above
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
     namespaces.set_undumpable()  # a change of ids may have reset it: fs.suid_dumpable, proc(5)
+
+
+def _take_terminal(wanted: Terminal | None, user: identity.Identity) -> None:  # pragma: no cover - as above
+    """Open a terminal of the container if one is wanted, make it this session's, and send its master out.
+
+    As the container's root: /dev/pts/ptmx need not be open to the command's user.
+    """
+    if wanted is None:
+        return
+    master, slave = terminal.open_pair()
+    terminal.prepare(slave, wanted.rows, wanted.columns, user.uid)
+    for stream in wanted.streams:
+        posix.dup2(slave, stream)
+    report = socket.socket(fileno=_REPORT)
+    packets.send_beside(report, OPENED, master)
+    report.detach()
+    posix.close(slave)
+    posix.close(master)
 
 
 def _replace_null_devices() -> None:  # pragma: no cover - as above

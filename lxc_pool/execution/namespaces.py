@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from typing import Any, NoReturn
 
 CLONE_NEWTIME = 0x00000080
@@ -24,6 +25,7 @@ _CLONE_PARENT = 0x00008000
 _CLONE_INTO_CGROUP = 0x200000000
 _SYS_CLONE3 = 435  # one number on every architecture since Linux 5.0's table was unified
 _SYS_CLOSE_RANGE = 436
+_SYS_OPENAT2 = 437
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280, "armv7l": 311, "i686": 288}
 _KEYCTL = _SYS_KEYCTL.get(os.uname().machine)
 _KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -44,6 +46,11 @@ _PTRACE_INTERRUPT = 0x4207
 _PTRACE_SECCOMP_GET_FILTER = 0x420C
 _WALL = 0x40000000
 _MAX_FD = 2**32 - 1
+
+_RESOLVE_NO_XDEV = 0x01
+_RESOLVE_NO_SYMLINKS = 0x04
+_OPEN_HOW = struct.Struct("=QQQ")  # flags, mode, resolve
+_STATFS_ROOM = 256  # bytes; struct statfs has 120 at most
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -102,6 +109,25 @@ def close_all_except(keep: tuple[int, ...]) -> None:
             call = (ctypes.c_long(_SYS_CLOSE_RANGE), ctypes.c_uint(low), ctypes.c_uint(fd - 1), ctypes.c_uint(0))
             _check(_libc.syscall(*call), "close_range")
         low = fd + 1
+
+
+def open_on_same_mount(directory: int, name: bytes, flags: int) -> int:
+    """Open *name* in *directory*, but no link, and nothing that is mounted over it (openat2(2), Linux 5.6).
+
+    Raises:
+        OSError: The kernel refused; EXDEV: something is mounted over it.
+    """
+    how = _OPEN_HOW.pack(flags, 0, _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS)
+    call = (ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(directory), name, how, ctypes.c_size_t(len(how)))
+    return _check(_libc.syscall(*call), "openat2")
+
+
+def file_system_type(fd: int) -> int:
+    """Return the magic number of the file system that *fd* is on (fstatfs(2))."""
+    room = ctypes.create_string_buffer(_STATFS_ROOM)
+    _check(_libc.fstatfs(fd, room), "fstatfs")
+    kind: int = struct.unpack_from("=I", room)[0]  # a long, of which a magic number takes 32 bits; s390x: those alone
+    return kind
 
 
 def set_undumpable() -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import array
 import os
 import socket
+import sys
 
-from lxc_pool.execution.protocol import MAX_REQUEST, ProtocolError
+from lxc_pool.execution.protocol import MAX_EVENT, MAX_REQUEST, ProtocolError
 
 MAX_FDS = 8
 """Descriptors in one packet: stdin, stdout, stderr, control, pidfd, one for a long payload, two to spare."""
@@ -17,6 +18,7 @@ MAX_FDS = 8
 INLINE = 32 * 1024
 """Bytes of a payload that goes into the packet itself. Origin: a guess, well below any send buffer."""
 
+_INT = array.array("i").itemsize
 _INLINE, _BY_FD = b"i", b"m"
 
 
@@ -73,6 +75,30 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
         for fd in received:
             os.close(fd)
         raise
+
+
+def send_beside(sock: socket.socket, message: bytes, fd: int, flags: int = 0) -> None:
+    """Send a message of a control or report socket, and a duplicate of *fd* beside it.
+
+    Raises:
+        OSError: The other end is closed; BlockingIOError with MSG_DONTWAIT, if it does not read.
+    """
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
+    sock.sendmsg([message], [rights], socket.MSG_NOSIGNAL | flags)
+
+
+def receive_beside(sock: socket.socket) -> tuple[bytes, int]:
+    """Receive a message of a control or report socket, and the descriptor beside it: the caller's to close; -1: none.
+
+    Raises:
+        OSError: As recvmsg(2).
+    """
+    # CMSG_LEN, not CMSG_SPACE, whose padding would have room for a second one: the kernel drops what has no room
+    data, ancillary, _, _ = sock.recvmsg(MAX_EVENT, socket.CMSG_LEN(_INT), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, body in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS and len(body) == _INT:
+            return data, int.from_bytes(body, sys.byteorder)
+    return data, -1
 
 
 def _send(sock: socket.socket, data: bytes, fds: list[int]) -> None:

@@ -24,9 +24,11 @@ MAX_EVENT = 4096
 
 DEFAULT_CWD = "/"
 
+_MAX_SIDE = 2**16 - 1  # struct winsize, ioctl_tty(2)
 _MAX_UID = 2**32 - 2  # 2**32 - 1 means "no change" to setresuid(2)
 _HEADER = struct.Struct("<4sIII")  # magic, number of arguments, number of variables, 1 if there is a user
-_COMMAND, _OPERATION = b"lxe1", b"lxo1"  # magics
+_COMMAND, _OPERATION, _IN_TERMINAL = b"lxe1", b"lxo1", b"lxt1"  # magics; after the last a header's addition
+_TERMINAL = struct.Struct("<HHB")  # rows, columns, a bit for each stream
 _STARTED, _FAILED, _EXITED, _SIGNAL, _KILL_TREE = range(1, 6)
 _NUMBER = struct.Struct("<Bi")
 _FAILURE = struct.Struct("<BiB")
@@ -45,6 +47,19 @@ class ProtocolError(ValueError):
     """The other side sent what it may not send."""
 
 
+class Terminal(NamedTuple):
+    """A terminal to be made for a command.
+
+    Attributes:
+        rows, columns: Its size in characters, 0 if unknown.
+        streams: Which of 0, 1, 2 are the terminal; the others are pipes as ever. It is the controlling terminal anyhow.
+    """
+
+    rows: int
+    columns: int
+    streams: tuple[int, ...] = (0, 1, 2)
+
+
 class ExecRequest(NamedTuple):
     """One command to run.
 
@@ -54,6 +69,7 @@ class ExecRequest(NamedTuple):
         cwd: Where the command starts, inside the container.
         user: `name`, `uid`, `name:group`, `uid:gid`, or a mixture; None for root.
         operation: argv[0] is no program, but one of `OPERATIONS`, or `MOUNT`.
+        terminal: What the command gets as its terminal; None for none.
     """
 
     argv: tuple[str, ...]
@@ -61,6 +77,7 @@ class ExecRequest(NamedTuple):
     cwd: str = DEFAULT_CWD
     user: str | None = None
     operation: bool = False
+    terminal: Terminal | None = None
 
     @classmethod
     def create(
@@ -69,6 +86,7 @@ class ExecRequest(NamedTuple):
         env: Mapping[str, str] | Mapping[bytes, bytes] | None = None,
         cwd: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
         user: str | int | None = None,
+        terminal: Terminal | None = None,
     ) -> ExecRequest:
         """Check what a caller passed to `run` or `popen`, and make a request of it.
 
@@ -77,16 +95,19 @@ class ExecRequest(NamedTuple):
             env: Variables for the command; None for the defaults alone.
             cwd: A directory in the container; None for `/`.
             user: A name, a uid, or either with `:group`; None for root.
+            terminal: What the command gets as its terminal; None for none.
 
         Raises:
             TypeError: A part is of a type that can't be passed to a command.
-            ValueError: *args* is empty, a part holds a NUL byte, *user* is malformed, or all is over 2 MiB.
+            ValueError: *args* is empty, a part holds a NUL byte, *user* is malformed, the terminal is larger than one
+                can be, or all is over 2 MiB.
         """
         request = cls(
             _checked_argv(args),
             _checked_env(env),
             DEFAULT_CWD if cwd is None else _text(cwd, "cwd"),
             check_user(user),
+            terminal=_checked_terminal(terminal),
         )
         request.encode()
         return request
@@ -113,8 +134,11 @@ class ExecRequest(NamedTuple):
         for name, value in self.env.items():
             parts += (name, value)
         body = "\0".join(parts).encode("utf-8", "surrogateescape")
-        magic = _OPERATION if self.operation else _COMMAND
+        magic = _OPERATION if self.operation else _COMMAND if self.terminal is None else _IN_TERMINAL
         header = _HEADER.pack(magic, len(self.argv), len(self.env), self.user is not None)
+        if self.terminal is not None:
+            rows, columns, streams = self.terminal
+            header += _TERMINAL.pack(rows, columns, sum(1 << stream for stream in streams))
         if len(header) + len(body) > MAX_REQUEST:
             raise ValueError(f"arguments and environment take {len(body)} bytes; at most {MAX_REQUEST} can be passed")
         return header + body
@@ -129,8 +153,16 @@ class ExecRequest(NamedTuple):
         if not _HEADER.size <= len(data) <= MAX_REQUEST:
             raise ProtocolError(f"a request of {len(data)} bytes")
         magic, argc, envc, has_user = _HEADER.unpack_from(data)
-        parts = data[_HEADER.size :].decode("utf-8", "surrogateescape").split("\0")
-        if magic not in (_COMMAND, _OPERATION) or argc < 1 or has_user > 1 or len(parts) != 2 + argc + 2 * envc:
+        terminal, begin = None, _HEADER.size
+        if magic == _IN_TERMINAL:
+            terminal, begin = _decode_terminal(data), begin + _TERMINAL.size
+        parts = data[begin:].decode("utf-8", "surrogateescape").split("\0")
+        if (
+            magic not in (_COMMAND, _OPERATION, _IN_TERMINAL)
+            or argc < 1
+            or has_user > 1
+            or len(parts) != 2 + argc + 2 * envc
+        ):
             raise ProtocolError("not an encoded request")
         if magic == _OPERATION and parts[2] not in OPERATIONS and not (trusted and parts[2] == MOUNT):
             raise ProtocolError(f"unknown operation {parts[2][:40]!r}")
@@ -142,11 +174,15 @@ class ExecRequest(NamedTuple):
             check_user(user)
         except ValueError as exc:
             raise ProtocolError(str(exc)) from None
-        return cls(tuple(parts[2 : 2 + argc]), env, parts[0], user, magic == _OPERATION)
+        return cls(tuple(parts[2 : 2 + argc]), env, parts[0], user, magic == _OPERATION, terminal)
+
+
+OPENED = b"\6"
+"""What a command that is entering says beside its terminal's master."""
 
 
 class Started(NamedTuple):
-    """The command has been executed.
+    """The command has been executed. The master of its terminal comes beside it, if it has one.
 
     Attributes:
         pid: Its process, as the host numbers it.
@@ -213,6 +249,11 @@ class KillTree(NamedTuple):
 def is_operation(request: bytes) -> bool:
     """Tell whether an encoded request asks for an operation."""
     return request.startswith(_OPERATION)
+
+
+def wants_terminal(request: bytes) -> bool:
+    """Tell whether an encoded request asks for a terminal."""
+    return request.startswith(_IN_TERMINAL)
 
 
 def decode_event(data: bytes) -> Started | Failed | Exited:
@@ -289,6 +330,21 @@ def _checked_env(env: object) -> dict[str, str]:
             raise ValueError(f"illegal environment variable name: {name!r}")
         checked[name] = _text(value, f"environment variable {name}")
     return checked
+
+
+def _checked_terminal(terminal: Terminal | None) -> Terminal | None:
+    if terminal is not None and not all(0 <= side <= _MAX_SIDE for side in terminal[:2]):
+        raise ValueError(f"a terminal has from 0 to {_MAX_SIDE} rows and columns, not {terminal[0]} and {terminal[1]}")
+    return terminal
+
+
+def _decode_terminal(data: bytes) -> Terminal:
+    if len(data) < _HEADER.size + _TERMINAL.size:
+        raise ProtocolError("not an encoded request")
+    rows, columns, streams = _TERMINAL.unpack_from(data, _HEADER.size)
+    if streams > 0b111:
+        raise ProtocolError("a terminal for streams that there are not")
+    return Terminal(rows, columns, tuple(stream for stream in range(3) if streams >> stream & 1))
 
 
 def check_user(user: object) -> str | None:

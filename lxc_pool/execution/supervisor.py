@@ -32,7 +32,7 @@ from typing import NamedTuple, NoReturn
 
 from lxc_pool.execution import cgroups, namespaces, operations, packets
 from lxc_pool.execution.command import Command, Loop
-from lxc_pool.execution.protocol import Failed, ProtocolError, is_operation
+from lxc_pool.execution.protocol import Failed, ProtocolError, is_operation, wants_terminal
 from lxc_pool.execution.usher import usher
 
 Mounts = dict[frozenset[str], str]
@@ -137,7 +137,7 @@ class Supervisor:
             with its_end:
                 fds.insert(3, os.dup(its_end.fileno()))
             grace = operations.GRACE if is_operation(request) else 0.0
-            command = Command(self._loop, cgroup, control, report, grace)
+            command = Command(self._loop, cgroup, control, report, grace, wants_terminal=wants_terminal(request))
             self._commands.append(command)
         except OSError as exc:
             failure = _not_entered(exc)

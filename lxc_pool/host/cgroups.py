@@ -21,7 +21,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
+
 from lxc_pool.errors import DestroyFailed
+from lxc_pool.host import ends
 
 _V1_FLAGS = frozenset({"ro", "rw", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"})
 """What a version 1 mount lists beside its controllers. Source: kernel/cgroup/cgroup-v1.c, cgroup1_show_options."""
@@ -165,9 +168,10 @@ def kill(*paths: Path, timeout: float = 2.0) -> tuple[int, ...]:
         _write_if_there(path / "pids.max", "0")  # whoever forks faster than we kill
         _write_if_there(path / "freezer.state", "THAWED")  # a signal does not reach the frozen on version 1
     while True:
-        with _watched(paths) as watched:
-            _signal(paths, watched)
+        with _watched(paths) as (watched, without):
+            _signal(paths, watched, without)
             _await_exits(watched, deadline)
+            psutil.wait_procs(without, max(0.0, deadline - time.monotonic()))
         left = _all_pids(paths)
         if not set(left) - {os.getpid()} or time.monotonic() >= deadline:
             return left
@@ -229,21 +233,29 @@ def _bases(trees: Sequence[Hierarchy], memberships: Sequence[str] | None) -> tup
 
 
 @contextlib.contextmanager
-def _watched(paths: Sequence[Path]) -> Iterator[dict[int, int]]:
-    """Yield pidfds, and their pids, of up to a batch of the processes in *paths*, never of this one."""
+def _watched(paths: Sequence[Path]) -> Iterator[tuple[dict[int, int], list[psutil.Process]]]:
+    """Yield pidfds, and their pids, of up to a batch of the processes in *paths*, never of this one.
+
+    And those whose pidfds the kernel refuses.
+    """
     descriptors: dict[int, int] = {}
+    without: list[psutil.Process] = []
     try:
         for pid in [pid for pid in _all_pids(paths) if pid != os.getpid()][:_BATCH]:
-            with contextlib.suppress(OSError):  # it has just ended, or there is no descriptor left: the next round
+            try:
                 descriptors[os.pidfd_open(pid)] = pid
-        yield descriptors
+            except OSError as error:  # it has just ended, or there is no descriptor left: the next round
+                if error.errno in ends.MISSING:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        without.append(psutil.Process(pid))
+        yield descriptors, without
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _signal(paths: Sequence[Path], watched: dict[int, int]) -> None:
-    """Send SIGKILL to what is in *paths*: through the cgroup where it can, else to each of *watched*."""
+def _signal(paths: Sequence[Path], watched: dict[int, int], without: Sequence[psutil.Process]) -> None:
+    """Send SIGKILL to what is in *paths*: through the cgroup where it can, else to each of *watched* and *without*."""
     inside = set(_all_pids(paths))
     if os.getpid() not in inside and inside:
         for path in paths:
@@ -253,6 +265,10 @@ def _signal(paths: Sequence[Path], watched: dict[int, int]) -> None:
         if pid in inside:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    for process in without:
+        if process.pid in inside:
+            with contextlib.suppress(psutil.Error):
+                process.kill()  # psutil looks once more whether the pid is still that process's
 
 
 def _await_exits(watched: dict[int, int], deadline: float) -> None:

@@ -67,6 +67,7 @@ def check(state_dir: Path) -> tuple[Requirement, ...]:
     """
     return (
         kernel(os.uname().sysname, os.uname().release),
+        pidfds(),
         root(),
         lxc_programs(),
         python_binding(),
@@ -89,6 +90,19 @@ def kernel(system: str, release: str) -> Requirement:
         fix = "use Linux 5.19 or later, or privileged containers only (overlay over idmapped mounts)"
         return Requirement("kernel", False, found, fix, advice=True)
     return Requirement("kernel", True, found)
+
+
+def pidfds() -> Requirement:
+    """Check that the kernel gives pidfds, which a policy of whatever the service is confined by may refuse."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        fix = (
+            "allow pidfd_open(2) in the seccomp policy that the service runs under: without it commands can't be run, "
+            "and the ends of processes are looked for 20 times a second"
+        )
+        return Requirement("pidfds", False, f"pidfd_open: {error.strerror}", fix)
+    return Requirement("pidfds", True, "pidfd_open works")
 
 
 def root() -> Requirement:

@@ -17,6 +17,7 @@ import psutil
 
 from lxc_pool.config import Config
 from lxc_pool.errors import AccessDenied, ConfigError
+from lxc_pool.host.ends import open_end
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.wire.channel import credentials
 
@@ -156,9 +157,8 @@ def owner_of(peer: Peer, pid: int | None) -> ProcessIdentity:
     try:
         owner = identify(pid)
         uid = psutil.Process(pid).uids().real  # not the owner of /proc/PID, which is root's where it is undumpable
-        os.close(os.pidfd_open(pid))  # fails for the id of a thread, which /proc has too but nobody can watch
-        if identify(pid) != owner:
-            raise ProcessLookupError("it has just ended")
+        # Fails for the id of a thread, which /proc has too but nobody can watch, and if the pid is another's meanwhile.
+        os.close(open_end(owner))
     except (OSError, psutil.Error) as error:
         raise ValueError(f"owner must be the pid of a living process, not {pid} ({error})") from error
     if uid != peer.uid and not peer.is_admin:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from lxc_pool.config import Config, ProfileConfig
-from lxc_pool.errors import AccessDenied, LeaseExpired, QuotaExceeded
+from lxc_pool.errors import AccessDenied, ExecFailed, LeaseExpired, QuotaExceeded
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.operations import READONLY, WRITABLE
 from lxc_pool.execution.protocol import MOUNT, ExecRequest, ProtocolError
 from lxc_pool.host import addresses
+from lxc_pool.host.ends import is_pidfd
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.service import trail
 from lxc_pool.service.access import Peer, Policy, owner_of
@@ -323,6 +324,8 @@ class PoolService:
         held: list[tuple[int, ProfileConfig]] = []
 
         def hold(init: Watched, profile: ProfileConfig) -> int:
+            if not is_pidfd(init.descriptor):
+                raise ExecFailed("commands can't be run: this host refuses pidfd_open(2); see `lxc-pool check`")
             held.append((init.identity.pid, profile))
             return os.dup(init.descriptor)
 

@@ -6,7 +6,7 @@
                           └─ timeout: the nearest timer
 ```
 
-Nothing is polled: an idle service does not wake up.
+Nothing is polled where the kernel has pidfds: an idle service does not wake up. Elsewhere `host.ends` polls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from lxc_pool.host.processes import ProcessIdentity, open_pidfd
+from lxc_pool.host.ends import open_end
+from lxc_pool.host.processes import ProcessIdentity
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Watched:
     """A process that is watched.
 
     Attributes:
-        descriptor: Its pidfd, open until `Watch.forget`.
+        descriptor: Its pidfd, or what `open_end` has in its place, open until `Watch.forget`.
     """
 
     identity: ProcessIdentity
@@ -141,7 +142,7 @@ class Watchdog:
 
     def watch(self, identity: ProcessIdentity, callback: Callable[[], None]) -> Watched:
         """See `Watch.watch`."""
-        watched = Watched(identity, open_pidfd(identity), callback)
+        watched = Watched(identity, open_end(identity), callback)
         with self._lock:
             self._watched[watched.descriptor] = watched
         assert self._epoll is not None, "the watchdog is not open"

@@ -43,7 +43,7 @@ def test_a_request_survives_the_way(request_: ExecRequest) -> None:
 
 
 def test_defaults() -> None:
-    assert ExecRequest.create(["a"]) == (("a",), {}, "/", None, False)
+    assert ExecRequest.create(["a"]) == (("a",), {}, "/", None, False, None)
     assert ExecRequest.create(iter(["a", "b"])).argv == ("a", "b")
     assert ExecRequest.create(PurePosixPath("/bin/x")).argv == ("/bin/x",)
     assert ExecRequest.create(["a"], user=0).user == "0"
