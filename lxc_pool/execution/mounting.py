@@ -252,10 +252,12 @@ def _make_user_namespace(caller: Owner, container: int | None) -> None:  # pragm
 def _receive(sock: socket.socket, expected: bytes) -> list[int]:
     """Take the other process's word, which has to be *expected*, and the descriptor beside it."""
     word, fds, _, _ = socket.recv_fds(sock, 16, 1, socket.MSG_CMSG_CLOEXEC)
-    if word != expected:
-        number = int(word[1:]) if word[:1] == _FAILED else errno.EIO  # it was killed
-        raise OSError(number, os.strerror(number))
-    return fds
+    if word == expected:
+        return fds
+    if word[:1] != _FAILED:
+        raise Refusal(errno.EIO, "the process that prepares it was killed: has the container no memory left?")
+    number = int(word[1:])
+    raise OSError(number, os.strerror(number))
 
 
 def _find_or_make(destination: bytes, *, directory: bool) -> int:

@@ -312,7 +312,7 @@ class PoolService:
                 uid=peer.uid,
                 pid=peer.process.pid,
                 program=peer.program,
-                host_path=os.readlink(f"/proc/self/fd/{source}"),
+                host_path=_path_of(source),
                 dst=os.fsdecode(call.dst),
                 access="read-only" if call.readonly else "writable",
                 left_out=left_out or None,
@@ -334,6 +334,13 @@ class PoolService:
             yield pidfd, *held[0]
         finally:
             os.close(pidfd)
+
+
+def _path_of(descriptor: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError as error:  # it may be longer than a path can be
+        return f"({error.strerror})"
 
 
 def _init_pid(info: ContainerInfo) -> int:

@@ -121,6 +121,21 @@ def test_what_systemd_said_when_it_booted_is_on_the_console(container: Container
     eventually(lambda: container.console_log(1) == "and after a hangup\n", "the console goes on")
 
 
+def test_what_is_mounted_reaches_units_that_run_with_mounts_of_their_own(container: Container, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("words\n")
+    script = "echo up; until [ -e /srv/x/file ]; do sleep 0.05; done; cat /srv/x/file"
+    command = ["systemd-run", "--quiet", "--wait", "--pipe", "-p", "PrivateTmp=yes", "sh", "-c", script]
+    with container.popen(command, stdout=subprocess.PIPE, text=True) as unit:
+        assert unit.stdout is not None
+        assert unit.stdout.readline() == "up\n"
+        container.mount(tmp_path, "/srv/x")
+        assert unit.communicate(timeout=30)[0] == "words\n"
+    (line,) = [line for line in sh(container, "cat /proc/self/mountinfo").splitlines() if " /srv/x " in line]
+    assert "shared:" not in line
+    container.unmount("/srv/x")
+    assert sh(container, "ls /srv/x") == ""
+
+
 def test_it_knows_its_name_and_nothing_of_the_hosts(container: Container) -> None:
     assert sh(container, "hostname; getent hosts $(hostname) >/dev/null && echo found") == f"{container.name}\nfound\n"
     assert sh(container, "cat /etc/resolv.conf; ls /etc/hostname 2>&1 | grep -c 'No such file'") == "1\n"

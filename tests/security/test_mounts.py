@@ -47,7 +47,9 @@ mounts = [
 ]
 """
 PROFILES = ["default", "root"]
-CLONE_NEWNS = 0x20000
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+FSOPEN, FSCONFIG, FSMOUNT = 430, 431, 432
+"""System calls, on all architectures."""
 
 
 @pytest.fixture(scope="module")
@@ -420,6 +422,27 @@ def test_a_client_elsewhere_is_told_so(real: Service, host: Path) -> None:
     answers = as_person(0, act).split("|")
     assert len(answers) == 2
     assert all("mount namespace that is not the service's" in answer for answer in answers)
+
+
+def test_a_file_system_of_the_callers_own_making_is_not_mounted(real: Service) -> None:
+    """Who is root of a user namespace of his own can make one, mounted nowhere, and chooses all that is in it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def act() -> str:
+        with PoolManager.connect(real.host_dir) as pool, pool.lease("x", timeout=30) as container:
+            assert libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0, ctypes.get_errno()
+            context = libc.syscall(FSOPEN, b"tmpfs", 0)
+            assert libc.syscall(FSCONFIG, context, 6, None, None, 0) == 0, ctypes.get_errno()  # FSCONFIG_CMD_CREATE
+            descriptor = libc.syscall(FSMOUNT, context, 0, 0)
+            assert descriptor >= 0, ctypes.get_errno()
+            try:
+                mount_descriptor(container, descriptor)
+            except OSError as error:
+                return str(error)
+            return "mounted"
+
+    answer = as_member(ALICE, act)
+    assert "mount namespace that is not the service's" in str(answer)
 
 
 def test_every_mount_is_in_the_log(real: Service, plain: Container, host: Path) -> None:
