@@ -39,7 +39,7 @@ def mount(send: SendMount, host_path: Path, dst: Path, *, readonly: bool) -> Non
             mounting.check_type(mode)
         except mounting.Refusal as exc:
             raise ValueError(f"{os.fsdecode(host_path)!r} can't be mounted: {exc.text}") from None
-        if stat.S_ISDIR(mode) is False and destination.endswith(b"/"):
+        if not stat.S_ISDIR(mode) and destination.endswith(b"/"):
             raise NotADirectoryError(errno.ENOTDIR, "a file can't be mounted on a directory", os.fsdecode(dst))
 
         def launch(_request: ExecRequest, descriptors: tuple[int, int, int, int]) -> None:

@@ -264,7 +264,10 @@ def _find_or_make(destination: bytes, *, directory: bool) -> int:
     """Open *destination*; missing directories, and in the end it itself, are made."""
     with contextlib.suppress(FileNotFoundError):
         return os.open(destination, os.O_PATH | os.O_CLOEXEC)
-    place = trees.find_place(destination.rstrip(b"/"), b"", parents=True)
+    destination = destination.rstrip(b"/")
+    if os.path.basename(destination) in (b".", b".."):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    place = trees.find_place(destination, b"", parents=True)
     try:
         if directory:
             os.mkdir(place.name, 0o755, dir_fd=place.directory)
@@ -286,9 +289,12 @@ def _about(destination: bytes) -> Iterator[None]:
 
 
 def _line(mountinfo: bytes, number: int) -> list[bytes] | None:
-    """Return the fields of the mount *number*; None if it is not in *mountinfo* (proc(5))."""
-    for line in mountinfo.splitlines():
-        fields = line.split()
-        if int(fields[0]) == number:
+    """Return the fields of the mount *number*; None if it is not in *mountinfo*.
+
+    Only blanks and newlines separate: in a mount point, which a user may have named, just those are escaped (proc(5)).
+    """
+    for line in mountinfo.split(b"\n"):
+        fields = line.split(b" ")
+        if fields[0] == b"%d" % number:
             return fields
     return None

@@ -250,6 +250,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(container: Container, 
         container.mount(tree, "/file/below")
     with pytest.raises(NotADirectoryError):
         container.mount(tree / "file", "/mnt/new/")
+    for missing in ("/missing/.", "/missing/../"):
+        with pytest.raises(FileNotFoundError):
+            container.mount(tree, missing)
     for root in ("/", "/directory/..", "//"):
         with pytest.raises(ValueError, match="root directory"):
             container.mount(tree, root)
@@ -309,6 +312,12 @@ def test_only_what_was_mounted_so_is_unmounted(container: Container, tree: Path)
     container.unmount("/mnt/tree")
     with pytest.raises(ValueError, match="nothing that mount"):
         container.unmount("/mnt/tree")
+
+
+def test_the_name_of_a_mount_point_is_no_line_of_its_own(container: Container, tree: Path) -> None:
+    container.mount(tree, "/mnt/a\r1\v1\v0:1\v/\v/\vrw\v-\vext4\vx\vrw\rb")
+    container.mount(tree, "/mnt/later")
+    container.unmount("/mnt/later")
 
 
 def test_a_busy_one_stays_until_it_is_not(container: Container, tree: Path) -> None:

@@ -77,6 +77,13 @@ def test_a_descriptors_mount_is_the_one_that_mountinfo_has(tmp_path: Path) -> No
     assert str(tmp_path).startswith(points[number])
 
 
+def test_a_line_of_mountinfo_ends_with_a_newline_only() -> None:
+    forged = b"9\v1\v0:1\v/\v/x\vrw,idmapped\v-\vext4\vx\vrw"
+    text = b"7 1 0:1 / /a\r" + forged + b"\r rw - tmpfs none rw\n9 1 0:1 / /x rw - tmpfs none rw\n"
+    assert mounting._line(text, 9) == b"9 1 0:1 / /x rw - tmpfs none rw".split()
+    assert mounting._line(text, 8) is None
+
+
 @pytest.mark.parametrize("argv", [("unmount", "/mnt"), (MOUNT, "/mnt", "r", "1", "2")])
 def test_what_is_done_outside_has_a_deadline(argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_arguments: object, **_options: object) -> int:
