@@ -439,6 +439,7 @@ def pids_in(container: Container, name: str) -> list[int]:
 # --- a hostile container ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
@@ -468,6 +469,7 @@ def test_a_container_without_a_usable_devpts_is_told_of_and_does_not_hang(
     assert sh(victim, "echo well") == "well\n"
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -501,6 +503,7 @@ def test_nothing_is_typed_at_our_terminal_from_inside(container: Container, at_t
 GIBIBYTE = 1 << 30
 
 
+@pytest.mark.host
 def test_a_gibibyte_goes_through_pipes_byte_for_byte(container: Container, terminal_service: Service) -> None:
     block = os.urandom((1 << 20) - 8)
     with subprocess.Popen(

@@ -23,7 +23,7 @@ import pytest
 
 from lxc_pool import PoolManager, hostdir
 from lxc_pool.errors import AuthenticationFailed, HostDirError, ServiceUnavailable
-from lxc_pool.execution.protocol import ExecRequest
+from lxc_pool.execution.protocol import ExecRequest, Terminal
 from lxc_pool.service import server, session
 from lxc_pool.wire import messages
 from lxc_pool.wire.channel import MAX_MESSAGE, Channel
@@ -279,6 +279,44 @@ def test_a_commands_bytes_are_a_request_or_refused(service: MemoryService, tmp_p
         end.close()
     os.close(null)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("asks_for_terminal", [False, True])
+def test_nothing_but_pipes_and_the_null_device_is_taken_for_a_commands_stream(
+    service: MemoryService, open_path: Path, asks_for_terminal: bool
+) -> None:
+    channel = service.channel()
+    assert isinstance(say(channel, messages.Get("r", "x", SOON, "default", None, None)), messages.Offer)
+    info = say(channel, messages.Confirm("r"))
+    terminal = Terminal(24, 80) if asks_for_terminal else None
+    request = messages.Execute(info.name, ExecRequest.create(["x"], terminal=terminal).encode())  # type: ignore[attr-defined]  # it is one
+    os.mkfifo(open_path / "fifo")
+    with contextlib.ExitStack() as stack:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        null = os.open("/dev/null", os.O_RDWR)
+        bad: tuple[int, ...] = (
+            *(os.open(path, os.O_RDWR) for path in ("/dev/zero", open_path / "fifo")),
+            *(os.open(path, os.O_RDONLY) for path in (open_path, __file__)),
+            *(os.open(path, os.O_PATH) for path in ("/", "/dev/null")),
+            *os.openpty(),
+            os.dup(ours.fileno()),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM).detach(),
+            os.memfd_create("x"),
+            os.eventfd(0),
+            os.pidfd_open(os.getpid()),
+        )
+        for descriptor in (null, *bad):
+            stack.callback(os.close, descriptor)
+        for descriptor in bad:
+            for place in range(3):
+                streams = [null, null, null, theirs.fileno()]
+                streams[place] = descriptor
+                channel.send_bytes(messages.encode_call(request), streams)
+                with pytest.raises(TypeError, match="only a pipe or /dev/null"):
+                    messages.decode_reply(request, channel.recv_bytes())
+    channel.close()
 
 
 def test_a_control_socket_with_somebody_behind_it_is_refused(service: MemoryService, open_path: Path) -> None:
