@@ -1,4 +1,4 @@
-"""Commands about this host: check, serve.
+"""Commands about this host: setup, check, serve.
 
 What needs the `server` extra is imported where it is used: the program is the clients' too.
 """
@@ -6,21 +6,34 @@ What needs the `server` extra is imported where it is used: the program is the c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import logging
 import logging.handlers
+import os
 import queue
 import sys
 from pathlib import Path
 
 from lxc_pool import config
 from lxc_pool.cli.options import add_state_dir
-from lxc_pool.cli.output import print_json
-from lxc_pool.errors import ConfigError
+from lxc_pool.cli.output import print_json, step_line
+from lxc_pool.errors import AccessDenied, ConfigError
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
     """Add the commands to the parser."""
+    parser = commands.add_parser("setup", parents=[common], help="create group, configuration, unit and limits")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("/"),
+        metavar="DIR",
+        help="set up the system whose root directory this is, which is not running: an image's, say",
+    )
+    add_state_dir(parser)
+    parser.set_defaults(function=_setup)
     parser = commands.add_parser("check", parents=[common], help="name each thing that this host lacks, with the fix")
     add_state_dir(parser)
     parser.set_defaults(function=_check)
@@ -35,6 +48,30 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     add_state_dir(parser)
     parser.set_defaults(function=_serve)
+
+
+def _setup(arguments: argparse.Namespace) -> int:
+    from lxc_pool.host import setup
+
+    if os.geteuid() != 0 and not arguments.dry_run:
+        raise AccessDenied("setup needs root: it makes a group and writes to /etc; --dry-run says what it would do")
+    site = setup.Site(
+        root=arguments.root.absolute(),
+        host_dir=arguments.host_dir.absolute(),
+        state_dir=arguments.state_dir.absolute(),
+        execute=not arguments.dry_run,
+    )
+    if not site.root.is_dir():
+        raise ConfigError(f"--root {site.root} is not a directory")
+    steps = []
+    for step in setup.set_up(site):
+        steps.append(step)
+        if not arguments.json:  # at once: a later one may fail
+            print(step_line(step, would=arguments.dry_run), flush=True)
+    if arguments.json:
+        changed = any(step.changed for step in steps)
+        print_json({"changed": changed, "dry_run": arguments.dry_run, "steps": [dataclasses.asdict(s) for s in steps]})
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -59,7 +96,10 @@ def _serve(arguments: argparse.Namespace) -> int:
             "(Debian: `apt-get install lxc lxc-dev gcc pkg-config python3-dev`), then `pip install lxc-pool[server]`"
         )
     from lxc_pool.backend.lxc.engine import LxcBackend
+    from lxc_pool.host import systemd
     from lxc_pool.service import daemon
+
+    notify_socket = systemd.take_notify_socket()
 
     def load() -> config.Config:
         return config.load(arguments.config, size=arguments.size)
@@ -70,6 +110,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     def ready(socket_path: str) -> None:
         print(f"ready {socket_path}", flush=True)
+        systemd.notify_ready(notify_socket)
 
     listener = _log_to_stderr(logging.DEBUG if arguments.verbose else logging.INFO, as_json=arguments.log_json)
     try:

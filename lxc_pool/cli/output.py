@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lxc_pool.host.setup import Step
 
 
 def print_json(document: Any) -> None:
@@ -19,6 +22,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def step_line(step: Step, *, would: bool) -> str:
+    """Return a line about a step of a set-up; *would*: it was not really done."""
+    sign = ("would " if would else "done  ") if step.changed else "ok    "
+    return f"{sign} {step.name} {step.target}: {step.detail}"
 
 
 class Progress:

@@ -6,15 +6,20 @@ What needs the `server` extra is imported where it is used: the program is the c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lxc_pool.cli.options import add_state_dir
 from lxc_pool.cli.output import print_json
+from lxc_pool.config import DEFAULT_HOST_DIR, DEFAULT_STATE_DIR
 from lxc_pool.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from lxc_pool.host.residue import Trace
+    from lxc_pool.host.setup import Step
     from lxc_pool.service.audit import Report
 
 
@@ -73,15 +78,20 @@ def _cleanup(arguments: argparse.Namespace) -> int:
     removals = audit.clean(report, state_dir)
     problems = [f"{removal.finding.detail}: {removal.problem}" for removal in removals if removal.problem]
     gone = len(removals) - len(problems)
+    steps: list[Step] = []
     if arguments.all and not problems:
         problems += audit.uninstall(state_dir, host_dir)
+        steps += _setup_of(state_dir, host_dir, execute=True)
     if arguments.json:
         findings = [{**_as_dict(removal.finding), "problem": removal.problem} for removal in removals]
-        print_json({"clean": not problems, "findings": findings, "problems": problems})
+        changed = [dataclasses.asdict(step) for step in steps]
+        print_json({"clean": not problems, "findings": findings, "problems": problems, "setup": changed})
     else:
         for removal in removals:
             outcome = f"NOT removed: {removal.problem}" if removal.problem else "removed"
             print(f"{removal.finding.kind} {removal.finding.name}: {removal.finding.detail}: {outcome}")
+        for step in steps:
+            print(f"{step.name} {step.target}: {step.detail}")
         for problem in problems:
             print(f"lxc-pool: {problem}", file=sys.stderr)
         print(f"{gone} removed, {len(problems)} not" if removals or problems else "clean")
@@ -96,8 +106,18 @@ def _say_what_would_go(arguments: argparse.Namespace, report: Report) -> int:
         print(f"would remove {trace.kind} {trace.name}: {trace.detail}")
     if arguments.all:
         print(f"would remove {arguments.state_dir} and {arguments.host_dir}")
+        for step in _setup_of(arguments.state_dir.absolute(), arguments.host_dir.absolute(), execute=False):
+            print(f"{step.name} {step.target}: {step.detail}")
     print("clean" if not report.findings else "add --execute to do it")
     return 1 if report.findings else 0
+
+
+def _setup_of(state_dir: Path, host_dir: Path, *, execute: bool) -> Iterator[Step]:
+    """Remove what `setup` has made for the service of these directories, if that is the host's own one."""
+    from lxc_pool.host import setup
+
+    if (state_dir, host_dir) == (DEFAULT_STATE_DIR, DEFAULT_HOST_DIR):
+        yield from setup.remove(setup.Site(execute=execute))
 
 
 def _seconds(text: str) -> float:

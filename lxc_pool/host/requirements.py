@@ -29,7 +29,7 @@ _MIN_LXC = (4, 0)
 _MIN_DESCRIPTORS = 4096
 """Open files a service of some hundred containers may need: 1024 are too few for 1 000 (measured); a guess above it."""
 
-_GOOD_INOTIFY = 1024
+GOOD_INOTIFY = 1024
 """inotify instances of one user, those of its containers included. A guess; Linux's own is 128."""
 
 _TIMEOUT = 5.0
@@ -205,8 +205,8 @@ def inotify() -> Requirement:
     if limit is None:
         fix = "use a kernel with CONFIG_INOTIFY_USER=y"
         return Requirement("inotify", False, "not in this kernel", fix, advice=True)
-    if limit < _GOOD_INOTIFY:
-        fix = f"sysctl fs.inotify.max_user_instances={_GOOD_INOTIFY * 8}"
+    if limit < GOOD_INOTIFY:
+        fix = f"sysctl fs.inotify.max_user_instances={GOOD_INOTIFY * 8}"
         return Requirement("inotify", False, f"{limit} instances for all containers", fix, advice=True)
     return Requirement("inotify", True, f"{limit} instances")
 

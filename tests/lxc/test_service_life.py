@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -35,6 +36,22 @@ def test_a_second_service_on_the_same_directories_is_refused_with_the_pid_of_the
         assert f"the {shared} is in use by the service with pid {service.pid};" in refused.stderr
     with pool.lease("x") as container:
         container.run(["true"], check=True)
+
+
+def test_systemd_hears_when_it_accepts_connections(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        service.launch(size=1)
+        assert systemd.recv(100) == b"READY=1"
+        service.connect().wait_ready()
+        service.await_ready()
+        children = [pid for pid in service.marked() if pid != service.pid]
+        assert children
+        assert all(b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes() for pid in children)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
