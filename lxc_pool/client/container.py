@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from lxc_pool.client import files, mounts, process
-from lxc_pool.client.caller import Caller, check_seconds
-from lxc_pool.errors import ExecFailed, LxcPoolError, UnknownLease
+from lxc_pool.client.caller import GRACE, Caller, check_seconds, check_timeout
+from lxc_pool.errors import ExecFailed, LxcPoolError, PoolTimeout, UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.model import ContainerInfo, LeaseId, State
 from lxc_pool.plaintext import last_lines, plain
@@ -109,6 +109,29 @@ class Container:
         content: bytes = self._caller.ask(messages.ConsoleLog(self.name))
         text = plain(content.decode(errors="replace"))
         return text if lines is None else last_lines(text, lines)
+
+    def wait_for_network(self, timeout: float | None = 30) -> tuple[str, ...]:
+        """Wait until the container can be reached and reach others; return its addresses.
+
+        That is: a network device that is up and connected, an address, and a default route over such a device. With
+        network "bridge" it is so when the container is handed out, unless its image changes it; an image may also bring
+        up its network by itself.
+
+        Args:
+            timeout: Seconds; 0: look once; None: wait for ever.
+
+        Raises:
+            PoolTimeout: It was not so within *timeout*; the message says what was missing.
+            ValueError: The container has loopback alone (network "empty"); or *timeout* is negative or not a number.
+            UnknownLease, LeaseExpired: The lease has ended.
+        """
+        timeout = check_timeout("timeout", timeout)
+        found: tuple[str, ...] | str = self._caller.ask(
+            messages.AwaitNetwork(self.name, timeout), None if timeout is None else timeout + GRACE
+        )
+        if isinstance(found, str):
+            raise PoolTimeout(f"{self.name} has no network after {timeout:g} s: {found}")
+        return found
 
     def run(
         self,

@@ -6,6 +6,9 @@ import ipaddress
 import re
 from pathlib import Path
 
+_UP, _REJECT = 0x1, 0x200
+"""Of a route: RTF_UP, RTF_REJECT. Source: Linux include/uapi/linux/route.h."""
+
 
 def of_process(pid: int) -> tuple[str, ...]:
     """Return the addresses, IPv4 first, that the network namespace of *pid* has beyond loopback and link-local ones.
@@ -17,13 +20,35 @@ def of_process(pid: int) -> tuple[str, ...]:
     """
     try:
         trie = Path(f"/proc/{pid}/net/fib_trie").read_text(encoding="ascii")
-    except (FileNotFoundError, ProcessLookupError, OSError) as error:
+    except OSError as error:
         raise ProcessLookupError(f"process {pid} has ended") from error
     try:
         inet6 = Path(f"/proc/{pid}/net/if_inet6").read_text(encoding="ascii")
     except OSError:  # a kernel without IPv6 has no such file
         inet6 = ""
     return parse(trie, inet6)
+
+
+def default_routes(pid: int) -> set[str]:
+    """Return the names of the devices that an IPv4 default route of the network namespace of *pid* leads over.
+
+    Raises:
+        ProcessLookupError: The process has ended.
+    """
+    try:
+        return parse_routes(Path(f"/proc/{pid}/net/route").read_text(encoding="ascii", errors="replace"))
+    except OSError as error:
+        raise ProcessLookupError(f"process {pid} has ended") from error
+
+
+def parse_routes(route: str) -> set[str]:
+    """Return the same from the text of /proc/PID/net/route. Source: Linux net/ipv4/fib_trie.c, fib_route_seq_show."""
+    found = set()
+    for line in route.splitlines()[1:]:
+        device, destination, _gateway, flags, _references, _use, _metric, mask, *_ = line.split()
+        if int(destination, 16) == int(mask, 16) == 0 and int(flags, 16) & (_UP | _REJECT) == _UP:
+            found.add(device)
+    return found
 
 
 def parse(fib_trie: str, if_inet6: str) -> tuple[str, ...]:

@@ -161,13 +161,10 @@ table bridge {name} {{
             for other in meeting
         )
     }\
-		iifname "{prefix}*" oifname "lxp*" drop
-		iifname "lxp*" oifname "{prefix}*" drop
+		iifname "{prefix}*" oifname "{prefix}*" drop
 	}}
 	chain input {{
 		type filter hook input priority -200; policy accept;
-		# These frames come here without prerouting, and go on as the port's own, not the bridge's.
-		iifname "{prefix}*" ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
 		# Routed back to a neighbour by the host.
 		iifname "{prefix}*" ip daddr {network.subnet} ip daddr != {network.gateway.ip} drop
 	}}
@@ -189,6 +186,11 @@ table inet {name} {{
 		type ipv4_addr
 		size 4096
 		flags dynamic
+	}}
+	chain strays {{
+		type filter hook prerouting priority -300; policy accept;
+		# What goes to 01:80:c2:00:00:0X comes up as the port's own, and past the bridge table if X is 0 or e.
+		iifname "{prefix}*" iifname != "{network.bridge}" drop
 	}}
 	chain prerouting {{
 		type filter hook prerouting priority -150; policy accept;

@@ -106,9 +106,8 @@ def serve(
         ledger = Ledger(state_dir / "ledger.db")
         stack.callback(ledger.close)
         entries = ledger.open()
-        addresses = AddressBook(
-            stack.enter_context(pool_network(config, instance, functools.partial(read_ledger, ledger.path)))
-        )
+        network = stack.enter_context(pool_network(config, instance, functools.partial(read_ledger, ledger.path)))
+        addresses = AddressBook(network.network)
         addresses.take_over(entries)
         pool = Pool(
             config,
@@ -117,7 +116,7 @@ def serve(
             ledger,
             new_name=_names(instance).__next__,
             wake=dispatcher.wake,
-            obstacle=functools.partial(_obstacle, state_dir),
+            obstacle=lambda min_free: _obstacle(state_dir, min_free) or network.obstacle(),
             addresses=addresses,
         )
         stack.callback(pool.let_go)

@@ -4,20 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from lxc_pool.backend.protocol import Endpoint
 from lxc_pool.config import Config
-from lxc_pool.errors import BackendError
-from lxc_pool.host import bridge, firewall
+from lxc_pool.errors import BackendError, LxcPoolError
+from lxc_pool.host import bridge, firewall, netlink
 from lxc_pool.host.bridge import Network
 from lxc_pool.service.ledger import Entry
 
 log = logging.getLogger(__name__)
 
 
+class PoolNetwork:
+    """The network while the service runs. `_lock` guards whether it does, so that nothing comes back after its end.
+
+    Attributes:
+        network: What there is to know of it; None: no profile wants one.
+    """
+
+    def __init__(self, network: Network | None, reaches: Collection[Sequence[str]]) -> None:
+        """Take note of a network that has been made; *reaches*: what each profile on it reaches."""
+        self.network = network
+        self._reaches = reaches
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def obstacle(self) -> str | None:
+        """Return why no container can be created now, if that is so.
+
+        Somebody may flush all rules of the host, as a firewall does when it is started again. They are put back as soon
+        as the service has anything to do.
+        """
+        if self.network is None:
+            return None
+        try:
+            with self._lock:
+                if not self._closed and not netlink.has_table(firewall.table(self.network)):
+                    log.warning("somebody has removed the rules of bridge %s: they are put back", self.network.bridge)
+                    firewall.close_off(self.network, self._reaches)
+        except (LxcPoolError, OSError) as error:
+            return f"the rules of bridge {self.network.bridge} are not in force: {error}"
+        return None
+
+    def close(self) -> None:
+        """Leave the rules to whoever removes them."""
+        with self._lock:
+            self._closed = True
+
+
 @contextlib.contextmanager
-def pool_network(config: Config, instance: str, entries: Callable[[], Iterable[Entry]]) -> Iterator[Network | None]:
+def pool_network(config: Config, instance: str, entries: Callable[[], Iterable[Entry]]) -> Iterator[PoolNetwork]:
     """Have the network that the configuration asks for, or an earlier service's, for the time of a `with`.
 
     At its end everything is removed, unless there are still containers on it.
@@ -32,15 +70,19 @@ def pool_network(config: Config, instance: str, entries: Callable[[], Iterable[E
         BackendError: The host refused.
     """
     endpoints = [entry.endpoint for entry in entries() if entry.endpoint is not None]
+    reaches = [profile.reach for profile in config.profiles if profile.network == "bridge"]
     try:
-        yield _open(config, instance, endpoints)
+        with contextlib.closing(PoolNetwork(_open(config, instance, reaches, endpoints), reaches)) as network:
+            yield network
     finally:
         # Before the ledger is closed, after the containers are gone: what it still has, goes on without us.
         if not any(entry.endpoint for entry in entries()):
             _close(instance)
 
 
-def _open(config: Config, instance: str, endpoints: Collection[Endpoint]) -> Network | None:
+def _open(
+    config: Config, instance: str, reaches: Collection[Sequence[str]], endpoints: Collection[Endpoint]
+) -> Network | None:
     """Make the network, or take it over; None if the configuration asks for none.
 
     Rules come before the bridge, and the bridge before containers: none is ever on it without them.
@@ -49,7 +91,7 @@ def _open(config: Config, instance: str, endpoints: Collection[Endpoint]) -> Net
     if config.wants_bridge:
         with bridge.namespace_lock():
             network = bridge.plan(config.network, instance)
-            firewall.close_off(network, [profile.reach for profile in config.profiles if profile.network == "bridge"])
+            firewall.close_off(network, reaches)
             bridge.make(network)
         log.info("bridge %s: %s, resolvers %s", network.bridge, network.subnet, ", ".join(network.resolvers) or "none")
     elif not endpoints:

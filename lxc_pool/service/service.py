@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from lxc_pool.config import Config, ProfileConfig
@@ -24,6 +24,7 @@ from lxc_pool.service.access import Peer, Policy, owner_of
 from lxc_pool.service.census import WarmWait
 from lxc_pool.service.fairness import Pace, Quietly, Turns
 from lxc_pool.service.leases import Quota
+from lxc_pool.service.netwait import NetworkWait
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watched
@@ -37,8 +38,10 @@ class Caller(Protocol):
     def peer(self) -> Peer:
         """Who asks."""
 
-    def wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
-        """Wait until *ready* (it is looked at after each `notify`) or until *timeout* seconds have passed.
+    def wait(self, ready: Callable[[], bool], timeout: float | None, also: Sequence[int] = ()) -> None:
+        """Wait until *ready* or until *timeout* seconds have passed.
+
+        It is looked at after each `notify`, and when a descriptor of *also* becomes readable, which it has to undo.
 
         Raises:
             EOFError: The client is gone.
@@ -133,6 +136,8 @@ class PoolService:
                 raise ValueError("hello comes first, and once")
             case messages.Mount():
                 return self._mount(caller.peer, call, descriptors)
+            case messages.AwaitNetwork(name, timeout):
+                return self._await_network(caller, name, timeout)
             case _:
                 return self._answer_holder(caller.peer.lease_scope, call, descriptors)
 
@@ -275,6 +280,17 @@ class PoolService:
             return addresses.of_process(_init_pid(info))
         except ProcessLookupError as error:
             raise LeaseExpired(f"{name} has just ended") from error
+
+    def _await_network(self, caller: Caller, name: str, timeout: float | None) -> tuple[str, ...] | str:
+        if timeout is not None:
+            _check_seconds("timeout", timeout)
+        with self._init(name, caller.peer.lease_scope) as (pidfd, pid, _profile):
+            try:
+                with contextlib.closing(NetworkWait(pidfd, pid)) as wait:
+                    caller.wait(wait.look, timeout, also=(wait.observer.fileno(), pidfd))
+                    return wait.missing or wait.addresses
+            except ProcessLookupError as error:
+                raise LeaseExpired(f"{name} has just ended") from error
 
     def _execute(self, scope: int | None, call: messages.Execute, descriptors: list[int]) -> None:
         if len(descriptors) != 4:

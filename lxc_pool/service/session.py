@@ -16,7 +16,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError, QuotaExceeded, UnknownLease
 from lxc_pool.service import trail
@@ -103,12 +103,14 @@ class Session:
         """See `Caller.after_answer`."""
         self._work = work
 
-    def wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
+    def wait(self, ready: Callable[[], bool], timeout: float | None, also: Sequence[int] = ()) -> None:
         """See `Caller.wait`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         poll.register(self._channel, select.POLLIN | select.POLLRDHUP)
+        for descriptor in also:
+            poll.register(descriptor, select.POLLIN)
         while not ready():
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:

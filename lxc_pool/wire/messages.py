@@ -116,6 +116,17 @@ class Addresses(Call, frozen=True, tag="addresses"):
     name: str
 
 
+class AwaitNetwork(Call, frozen=True, tag="await_network"):
+    """Wait until the leased container *name* has its network, or *timeout* has passed.
+
+    The result is its addresses, or the words for what is missing.
+    """
+
+    RESULT: ClassVar[Any] = tuple[str, ...] | str
+    name: str
+    timeout: float | None
+
+
 class ConsoleLog(Call, frozen=True, tag="console_log"):
     """Report the last of what was written to the console of the leased container *name*: any bytes."""
 
@@ -187,7 +198,7 @@ class Shutdown(Call, frozen=True, tag="shutdown"):
     keep_leases: bool
 
 
-LeaseCall = Release | Inspect | Addresses | ConsoleLog | Renew | Keep | Execute | Mount
+LeaseCall = Release | Inspect | Addresses | AwaitNetwork | ConsoleLog | Renew | Keep | Execute | Mount
 """What the holder of a lease asks."""
 
 AdminCall = Resize | Drain | Resume | LookForImages | Shutdown

@@ -6,13 +6,14 @@ Services run in a network namespace of the tests' own, with an outside beside it
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
-from lxc_pool import Container, PoolServiceProxy, PoolTimeout
+from lxc_pool import Container, LeaseError, LeaseExpired, PoolServiceProxy, PoolTimeout
 from tests.support import netlab
 from tests.support.netlab import ANSWER, FAR, PORT, UPLINK, NetLab
 from tests.support.real_service import Service
@@ -253,3 +254,63 @@ def test_it_works_where_a_container_runtime_drops_what_is_forwarded(service: Ser
         assert lab.host.run("iptables", "-S", "FORWARD").splitlines() == ["-P FORWARD DROP"]
     finally:
         lab.host.run("iptables", "-P", "FORWARD", "ACCEPT")
+
+
+def test_the_network_is_there_when_the_container_is(pool: PoolServiceProxy) -> None:
+    with pool.lease("job") as container:
+        assert container.wait_for_network(0) == container.ips
+
+
+@pytest.mark.parametrize(
+    ("undone", "done_again", "missing"),
+    [
+        ("ip link set eth0 down", "ip link set eth0 up; ip route add default via $gateway", "eth0"),
+        ("ip address flush dev eth0", "ip address add $address dev eth0; ip route add default via $gateway", "address"),
+        ("ip route delete default", "ip route add default via $gateway", "default route"),
+    ],
+)
+def test_waiting_for_the_network_ends_when_the_image_has_brought_it_up(
+    pool: PoolServiceProxy, undone: str, done_again: str, missing: str
+) -> None:
+    with pool.lease("job") as container:
+        (address,) = container.ips
+        setting = f"address={address}/22; gateway=$(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'); "
+        again = f"{setting}{undone}; echo undone; read go; {done_again}"
+        process = container.popen(["sh", "-ec", again], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "undone\n"
+        with pytest.raises(PoolTimeout, match=missing):
+            container.wait_for_network(0.2)
+        found: list[tuple[str, ...]] = []
+        waiter = threading.Thread(target=lambda: found.append(container.wait_for_network(20)))
+        waiter.start()
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        waiter.join(20)
+        assert found == [(address,)]
+        assert process.wait(10) == 0
+        process.close()
+
+
+def test_waiting_for_the_network_ends_with_the_container(pool: PoolServiceProxy) -> None:
+    with pool.lease("job") as container:
+        say(container, "ip", "route", "delete", "default")
+        errors: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                container.wait_for_network(None)
+            except LeaseError as error:
+                errors.append(error)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        container.release()
+        waiter.join(10)
+        assert [type(error) for error in errors] == [LeaseExpired]
+
+
+def test_there_is_no_waiting_for_a_network_that_will_never_be(service: Service) -> None:
+    with service.start(size=1).lease("job") as container, pytest.raises(ValueError, match='network = "bridge"'):
+        container.wait_for_network(None)

@@ -4,10 +4,13 @@
    that what is refused is the call itself, and not a program's own second thoughts. */
 
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/if_packet.h>
 #include <linux/keyctl.h>
+#include <net/if.h>
 #include <sched.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -217,6 +220,37 @@ static int abstract(const char *name, int listening) {
     return 0;
 }
 
+/* Send frames, each written in hexadecimal, as they are. */
+static int frames(const char *device, int count, char **texts) {
+    int sock = socket(AF_PACKET, SOCK_RAW, 0);
+    struct sockaddr_ll address = {.sll_family = AF_PACKET, .sll_ifindex = (int)if_nametoindex(device)};
+    say("bind", bind(sock, (struct sockaddr *)&address, sizeof address));
+    for (int i = 0; i < count; i++) {
+        unsigned char frame[2048];
+        size_t length = 0;
+        for (char *digit = texts[i]; digit[0] && digit[1] && length < sizeof frame; digit += 2) {
+            unsigned byte;
+            sscanf(digit, "%2x", &byte);
+            frame[length++] = (unsigned char)byte;
+        }
+        say("send", send(sock, frame, length, 0));
+    }
+    return 0;
+}
+
+/* A datagram to each of so many ports. */
+static int datagrams(const char *host, int count) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = inet_addr(host)};
+    int sock = socket(AF_INET, SOCK_DGRAM, 0);
+    long sent = 0;
+    for (int i = 0; i < count; i++) {
+        address.sin_port = htons((unsigned short)(10000 + i));
+        sent += sendto(sock, "x", 1, 0, (struct sockaddr *)&address, sizeof address) == 1;
+    }
+    printf("sent=%ld\n", sent);
+    return 0;
+}
+
 static int terminal(void) {
     for (int fd = 0; fd < 3; fd++) {
         char what[32], byte = 'x';
@@ -376,6 +410,8 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "cgroups")) return cgroups(argc - 2, argv + 2);
     if (!strcmp(what, "connect")) return abstract(argv[2], 0);
     if (!strcmp(what, "listen")) return abstract(argv[2], 1);
+    if (!strcmp(what, "frames")) return frames(argv[2], argc - 3, argv + 3);
+    if (!strcmp(what, "datagrams")) return datagrams(argv[2], atoi(argv[3]));
     if (!strcmp(what, "terminal")) return terminal();
     if (!strcmp(what, "lurk")) return lurk(atoi(argv[2]));
     if (!strcmp(what, "nested")) return nested();

@@ -113,6 +113,7 @@ CALLS: st.SearchStrategy[messages.Call] = st.one_of(
     st.builds(messages.Release, _names),
     st.builds(messages.Inspect, _names),
     st.builds(messages.Addresses, _names),
+    st.builds(messages.AwaitNetwork, _names, st.none() | _seconds),
     st.builds(messages.ConsoleLog, _names),
     st.builds(messages.Renew, _names, _seconds),
     st.builds(messages.Keep, _names, _seconds),

@@ -199,6 +199,7 @@ def test_another_users_lease_is_neither_seen_nor_touched_whatever_it_is_called_b
                         lambda name=name: caller.ask(messages.Renew(name, 1.0)),  # type: ignore[misc]  # as above
                         lambda name=name: caller.ask(messages.Keep(name, 1.0)),  # type: ignore[misc]  # as above
                         lambda name=name: caller.ask(messages.Addresses(name)),  # type: ignore[misc]  # as above
+                        lambda name=name: caller.ask(messages.AwaitNetwork(name, 0)),  # type: ignore[misc]  # as above
                         lambda name=name: caller.ask(messages.ConsoleLog(name)),  # type: ignore[misc]  # as above
                     )
                 ]

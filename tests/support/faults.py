@@ -32,6 +32,7 @@ from lxc_pool.images.store import Image
 from lxc_pool.model import State
 from lxc_pool.service import daemon
 from lxc_pool.service.ledger import Entry, Ledger
+from tests.support.netlab import Namespace
 from tests.support.real_service import Service
 
 # Not `-m`: the workers would run this module once more, under another name.
@@ -136,14 +137,15 @@ class FaultyBackend(LxcBackend):
 class FaultyService(Service):
     """A real service that faults can be planned for."""
 
-    def __init__(self, images: Path | None = None) -> None:
-        super().__init__(images)
+    def __init__(self, images: Path | None = None, namespace: Namespace | None = None) -> None:
+        super().__init__(images, namespace)
         self.faults = Faults(self.directory)
 
     def command(self, *arguments: str | Path) -> list[str]:
         words = super().command(*arguments)
         if arguments and arguments[0] == "serve":
-            words[1:3] = ["-c", _COMMAND]
+            place = words.index("-m")
+            words[place : place + 2] = ["-c", _COMMAND]
         return words
 
     def died(self) -> bool:

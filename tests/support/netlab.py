@@ -19,7 +19,7 @@ import secrets
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -32,6 +32,7 @@ ANSWER = "192.0.2.77"
 """What the outside's resolver says to every question."""
 
 _CLONE_NEWNET = 0x40000000
+_ALL_PROTOCOLS = 3  # ETH_P_ALL
 _libc = ctypes.CDLL(None, use_errno=True)
 T = TypeVar("T")
 
@@ -75,26 +76,31 @@ class Namespace:
 
     def inside(self, action: Callable[[], T]) -> T:
         """Return what *action* returns in it; a socket that it makes stays of that namespace."""
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def go_and_act() -> None:
-            try:
-                with self.path.open("rb") as file:
-                    assert _libc.setns(file.fileno(), _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-                results.append(action())
-            except BaseException as error:  # noqa: BLE001  # it is raised in the test's thread
-                errors.append(error)
-
-        thread = threading.Thread(target=go_and_act)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
+        return inside(self.path, action)
 
     def remove(self) -> None:
         subprocess.run(["ip", "netns", "delete", self.name], check=True)
+
+
+def inside(namespace: Path, action: Callable[[], T]) -> T:
+    """Return what *action* returns in the network namespace of that path."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def go_and_act() -> None:
+        try:
+            with namespace.open("rb") as file:
+                assert _libc.setns(file.fileno(), _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            results.append(action())
+        except BaseException as error:  # noqa: BLE001  # it is raised in the test's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=go_and_act)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 class NetLab:
@@ -174,27 +180,30 @@ class NetLab:
         self._stack.close()
 
 
-@contextlib.contextmanager
-def receiving(where: Namespace, device: str) -> Iterator[Callable[[bytes, float], bool]]:
-    """Listen to a device; yields what tells whether a frame with these bytes in it comes within some seconds."""
+class Tap:
+    """What goes over a network device, in both directions, from when this is made."""
 
-    def bind() -> socket.socket:
-        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL
-        sock.bind((device, 0))
-        return sock
+    def __init__(self, namespace: Path, device: str) -> None:
+        def bind() -> socket.socket:
+            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL_PROTOCOLS))
+            sock.bind((device, 0))
+            return sock
 
-    with where.inside(bind) as sock:
+        self._socket = inside(namespace, bind)
 
-        def comes(needle: bytes, within: float) -> bool:
-            sock.settimeout(within)
-            try:
-                while needle not in sock.recv(2048):
-                    pass
-            except TimeoutError:
-                return False
-            return True
+    def until(self, marker: bytes, timeout: float = 10.0) -> list[bytes]:
+        """Return the frames that came before one with *marker* in it, which has to come."""
+        seen = []
+        self._socket.settimeout(timeout)
+        while marker not in (frame := self._socket.recv(4096)):
+            seen.append(frame)
+        return seen
 
-        yield comes
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
 
 
 def json_of(text: str) -> Any:

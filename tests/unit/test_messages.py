@@ -16,6 +16,7 @@ from lxc_pool.wire.channel import MAX_MESSAGE, ProtocolError
 from lxc_pool.wire.messages import (
     Abandon,
     Addresses,
+    AwaitNetwork,
     AwaitWarm,
     Call,
     Confirm,
@@ -73,6 +74,8 @@ EXCHANGES: list[tuple[Call, Any]] = [
     (Release("c1"), None),
     (Inspect("c1"), INFO),
     (Addresses("c1"), ("10.0.3.5", "fd00::1")),
+    (AwaitNetwork("c1", 2.5), ("10.0.3.5",)),
+    (AwaitNetwork("c1", None), "it has no address"),
     (ConsoleLog("c1"), b"\x1b[0m\xff\0\r\n"),
     (Renew("c1", 5.0), None),
     (Keep("c1", 5.0), None),

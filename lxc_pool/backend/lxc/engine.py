@@ -33,7 +33,7 @@ from lxc_pool.backend.lxc import (
 )
 from lxc_pool.backend.protocol import Blueprint, Endpoint
 from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
-from lxc_pool.host import cgroups, idranges, mounts, rtnetlink
+from lxc_pool.host import cgroups, idranges, mounts, netlink
 from lxc_pool.host.processes import ProcessIdentity, has_executed, identify
 from lxc_pool.images.store import Image, ImageStore
 
@@ -246,7 +246,7 @@ class LxcBackend:
 def _isolate(blueprint: Blueprint, endpoint: Endpoint) -> None:
     """Keep a container from its neighbours by the bridge's own means, too: rules can be flushed by somebody's hand."""
     try:
-        rtnetlink.isolate(endpoint.port)
+        netlink.isolate(endpoint.port)
     except OSError as error:
         raise StartFailed(f"{blueprint.name} is up, but could not be isolated on the bridge: {error}") from error
 

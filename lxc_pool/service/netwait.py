@@ -1,0 +1,78 @@
+"""Wait until a container has its network, whoever configures it: liblxc before its init runs, or its image after."""
+
+from __future__ import annotations
+
+import select
+import time
+
+from lxc_pool.host import addresses
+from lxc_pool.host.netlink import Observer
+
+_PAUSE = 0.01
+"""Seconds between two looks at least: root of a container may change its network as fast as it likes. A guess."""
+
+
+class NetworkWait:
+    """One caller's wait.
+
+    Attributes:
+        observer: Readable after each change that may matter.
+        missing: What is missing yet, in words; empty: nothing.
+        addresses: What the container has.
+    """
+
+    def __init__(self, init: int, pid: int) -> None:
+        """Begin it; close it soon.
+
+        Args:
+            init: A pidfd of the container's init.
+            pid: Of that.
+
+        Raises:
+            OSError: The container can't be looked into; ProcessLookupError: it has ended.
+        """
+        self._init = init
+        self._pid = pid
+        self._looked = 0.0
+        self.observer = Observer(init)
+        self.missing = ""
+        self.addresses: tuple[str, ...] = ()
+
+    def look(self) -> bool:
+        """Return whether the network is there now.
+
+        Raises:
+            ProcessLookupError: The container has ended.
+            ValueError: There is nothing to wait for.
+        """
+        time.sleep(max(0.0, self._looked + _PAUSE - time.monotonic()))
+        self.observer.drain()  # before looking: what changes after it, wakes us again
+        poll = select.poll()
+        poll.register(self._init, select.POLLIN)
+        if poll.poll(0):  # before looking, too: it dies before it loses its devices
+            raise ProcessLookupError(self._pid)
+        self.missing = self._missing()
+        self._looked = time.monotonic()
+        return not self.missing
+
+    def close(self) -> None:
+        """End it."""
+        self.observer.close()
+
+    def _missing(self) -> str:
+        try:
+            links = self.observer.links()
+        except OSError as error:
+            return f"its network devices can't be listed: {error}"
+        if not links:
+            raise ValueError(
+                'the container has no network device but loopback: that takes a profile with network = "bridge"'
+            )
+        if not any(links.values()):
+            return f"none of its network devices is up and connected: {', '.join(sorted(links))}"
+        self.addresses = addresses.of_process(self._pid)
+        if not self.addresses:
+            return "it has no address"
+        if not any(links.get(device) for device in addresses.default_routes(self._pid)):
+            return "it has no default route over a device that is up"
+        return ""
