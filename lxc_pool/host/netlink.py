@@ -92,16 +92,21 @@ class Observer:
     the namespace alive.
     """
 
-    def __init__(self, process: int) -> None:
+    def __init__(self, pid: int) -> None:
         """Open it.
 
         Args:
-            process: A pidfd.
+            pid: The process, which the caller has to see alive once more afterwards: a pid may be given to another.
 
         Raises:
-            OSError: The kernel refused; ESRCH: the process has ended.
+            OSError: The kernel refused.
+            ProcessLookupError: The process has ended.
         """
-        self._events, self._questions = _inside(process, _open_pair)
+        try:
+            with open(f"/proc/{pid}/ns/net", "rb") as namespace:
+                self._events, self._questions = _inside(namespace.fileno(), _open_pair)
+        except FileNotFoundError as error:
+            raise ProcessLookupError(f"process {pid} has ended") from error
 
     def fileno(self) -> int:
         """Return what to poll."""
@@ -145,14 +150,14 @@ def _open_pair() -> tuple[socket.socket, socket.socket]:
     return events, questions
 
 
-def _inside(process: int, action: Callable[[], _T]) -> _T:
-    """Call *action* in the network namespace of a process; raises what that raises, and OSError."""
+def _inside(namespace: int, action: Callable[[], _T]) -> _T:
+    """Call *action* in a network namespace, given as a descriptor; raises what that raises, and OSError."""
     results: list[_T] = []
     errors: list[OSError] = []
 
     def go_and_act() -> None:
         try:
-            if _libc.setns(process, _CLONE_NEWNET) != 0:
+            if _libc.setns(namespace, _CLONE_NEWNET) != 0:
                 code = ctypes.get_errno()
                 raise OSError(code, os.strerror(code))
             results.append(action())

@@ -19,15 +19,17 @@ class AddressBook:
     Invariants: an address is free or has one holder; the free ones are in the order in which they became free.
     """
 
-    def __init__(self, network: Network | None) -> None:
-        """Begin with all addresses free.
+    def __init__(self, network: Network | None, entries: Iterable[Entry] = ()) -> None:
+        """Begin with those addresses taken that containers of an earlier service have.
 
         Args:
             network: The pool's; None: no profile wants one, and there are no addresses.
+            entries: What is in the ledger.
         """
         self._network = network
         self._free = OrderedDict.fromkeys(() if network is None else network.addresses)
         self._taken: dict[str, IPv4Address] = {}
+        self._take_over(entries)
 
     def take(self, holder: str, profile: ProfileConfig) -> Endpoint | None:
         """Give the address that has been free for longest to a new container; None if its profile wants none.
@@ -52,11 +54,8 @@ class AddressBook:
         if address is not None:
             self._free[address] = None
 
-    def take_over(self, entries: Iterable[Entry]) -> None:
-        """Let the containers of an earlier service hold what they have; before anything is taken.
-
-        They were given out in order, so the next one is the one after the newest.
-        """
+    def _take_over(self, entries: Iterable[Entry]) -> None:
+        """Let containers hold what they have. It was given out in order: the next one is the one after the newest."""
         newest = None
         for entry in sorted(entries, key=lambda entry: entry.since):
             if entry.endpoint is not None and (address := _address(entry.endpoint)) in self._free:

@@ -107,8 +107,7 @@ def serve(
         stack.callback(ledger.close)
         entries = ledger.open()
         network = stack.enter_context(pool_network(config, instance, functools.partial(read_ledger, ledger.path)))
-        addresses = AddressBook(network.network)
-        addresses.take_over(entries)
+        addresses = AddressBook(network.network, entries)
         pool = Pool(
             config,
             lanes,

@@ -21,20 +21,20 @@ class NetworkWait:
         addresses: What the container has.
     """
 
-    def __init__(self, init: int, pid: int) -> None:
+    def __init__(self, end: int, pid: int) -> None:
         """Begin it; close it soon.
 
         Args:
-            init: A pidfd of the container's init.
+            end: A descriptor that is readable once the container's init has ended.
             pid: Of that.
 
         Raises:
             OSError: The container can't be looked into; ProcessLookupError: it has ended.
         """
-        self._init = init
+        self._end = end
         self._pid = pid
         self._looked = 0.0
-        self.observer = Observer(init)
+        self.observer = Observer(pid)
         self.missing = ""
         self.addresses: tuple[str, ...] = ()
 
@@ -48,7 +48,7 @@ class NetworkWait:
         time.sleep(max(0.0, self._looked + _PAUSE - time.monotonic()))
         self.observer.drain()  # before looking: what changes after it, wakes us again
         poll = select.poll()
-        poll.register(self._init, select.POLLIN)
+        poll.register(self._end, select.POLLIN)
         if poll.poll(0):  # before looking, too: it dies before it loses its devices
             raise ProcessLookupError(self._pid)
         self.missing = self._missing()

@@ -70,12 +70,12 @@ class AddressMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        self.book = AddressBook(NETWORK)
         entries = [
             Entry(name, "a", State.LEASED, since, "", "", None, None, None, endpoint)
             for name, (endpoint, since) in self.held.items()
         ]
-        self.book.take_over([*entries, Entry("other", "b", State.WARM, 0.5, "", "", None, None, None)])
+        other = Entry("other", "b", State.WARM, 0.5, "", "", None, None, None)
+        self.book = AddressBook(NETWORK, [*entries, other])
         # What is known of who had what: the addresses after the newest one's come next.
         newest = max(self.held.values(), key=lambda pair: pair[1], default=None)
         self.idle.sort()
@@ -109,7 +109,6 @@ def test_an_earlier_services_container_is_as_one_of_now_only_if_it_has_the_same_
 
 def test_what_is_left_of_a_network_that_was_configured_before_is_in_nobodys_way() -> None:
     old = Endpoint("lxp00face", "lxp00facea002", "02:6c:0a:00:00:02", "10.0.0.2/24", "10.0.0.1", (), True)
-    book = AddressBook(NETWORK)
-    book.take_over([Entry("c1", "a", State.LEASED, 1.0, "", "", None, None, None, old)])
+    book = AddressBook(NETWORK, [Entry("c1", "a", State.LEASED, 1.0, "", "", None, None, None, old)])
     book.give_back("c1")
     assert [book.take(f"n{number}", BRIDGED) is not None for number in range(13)] == [True] * 13
