@@ -62,6 +62,14 @@ class Hierarchy:
     version: int
     root: str = "/"
 
+    @property
+    def is_named(self) -> bool:
+        """Whether it has a name and no controllers, as systemd's of version 1.
+
+        The files in it do not tell: `perf_event` is a controller, and adds none.
+        """
+        return self.version == 1 and all(controller.startswith("name=") for controller in self.controllers)
+
 
 def hierarchies(mountinfo: str | None = None) -> tuple[Hierarchy, ...]:
     """Return the host's cgroup hierarchies, each once, in the order of their mounting.

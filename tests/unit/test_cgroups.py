@@ -16,6 +16,7 @@ import pytest
 from lxc_pool.errors import DestroyFailed
 from lxc_pool.host import cgroups
 from lxc_pool.host.cgroups import Hierarchy, Layout
+from tests.support.recorded_layouts import LAYOUTS, NAME, Host
 
 OTHERS = """\
 22 27 0:21 / /proc rw,relatime - proc proc rw
@@ -145,6 +146,32 @@ def test_own_cgroups_are_taken_relative_to_what_is_mounted(tmp_path: Path) -> No
     tree = Hierarchy(tmp_path, (), 2, root="/docker/x")
     assert cgroups.container_cgroups("c", (tree,), ("0::/docker/x/job\n",)) == (tmp_path / "job/lxc.payload.c",)
     assert cgroups.container_cgroups("c", (tree,), ("0::/elsewhere\n",)) == ()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_containers_cgroups_are_found_on_hosts_of_every_layout(name: str, tmp_path: Path) -> None:
+    host = Host.put_up(name, tmp_path)
+    version = {tree.version for tree in host.trees}
+    wanted = {Layout.V1: {1}, Layout.HYBRID: {1, 2}, Layout.V2: {2}}[cgroups.layout(host.trees)]
+    assert version == wanted
+    memberships = ["\n".join(host.recording["membership"]), "\n".join(host.recording["own_membership"])]
+    # Of a running container every hierarchy has both; what /proc says of its init is just those.
+    found = cgroups.container_cgroups(NAME, host.trees, memberships)
+    assert {(path.parent, path.name) for path in found} == {
+        (tree.mount_point, f"lxc.{part}.{NAME}") for tree in host.trees for part in ("payload", "monitor")
+    }
+    assert len(host.payload) == len(host.recording["membership"])
+    assert all(line.endswith(f":/lxc.payload.{NAME}") for line in host.recording["membership"])
+    (init,) = {pid for path in host.payload for pid in cgroups.pids(path)}
+    (monitor,) = {pid for path in set(found) - set(host.payload) for pid in cgroups.pids(path)}
+    assert init != monitor
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_named_hierarchy_alone_is_without_controllers(name: str, tmp_path: Path) -> None:
+    host = Host.put_up(name, tmp_path)
+    named = [tree.controllers for tree in host.trees if tree.is_named]
+    assert named == ([] if cgroups.layout(host.trees) is Layout.V2 else [("name=systemd",)])
 
 
 def test_no_container_of_that_name_has_no_cgroups() -> None:

@@ -20,6 +20,7 @@ from lxc_pool.execution import packets
 from lxc_pool.execution.cgroups import CommandCgroup, Membership, parse_mounts, plan
 from lxc_pool.execution.launcher import Launcher
 from lxc_pool.execution.protocol import Exited, Failed, KillTree, Signal, Started, decode_order
+from tests.support.recorded_layouts import LAYOUTS, Host
 
 HYBRID = """\
 24 1 0:22 / /proc rw - proc proc rw
@@ -64,6 +65,22 @@ def test_a_v1_host_holds_commands_in_the_freezer() -> None:
     mounts = {options: point for options, point in parse_mounts(HYBRID).items() if "" not in options}
     planned = plan("2:freezer:/\n0::/\n", "2:freezer:/c\n0::/\n", mounts)
     assert planned == Membership(("/sys/fs/cgroup/free zer/c",), "/sys/fs/cgroup/free zer/c", unified=False)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_command_joins_what_the_init_of_a_recorded_host_is_in(name: str, tmp_path: Path) -> None:
+    host = Host.put_up(name, tmp_path)
+    own, its = ("\n".join(lines) for lines in (host.recording["own_membership"], host.recording["membership"]))
+    planned = plan(own, its, parse_mounts(host.mountinfo))
+    versions = {str(cgroup): tree.version for tree, cgroup in zip(host.trees, host.payload, strict=True)}
+    assert sorted(planned.join) == sorted(cgroup for cgroup, version in versions.items() if version == 1)
+    unified = [cgroup for cgroup, version in versions.items() if version == 2]
+    freezer = [str(path) for path in host.payload if (path / "freezer.state").exists()]
+    assert planned.unified is bool(unified)
+    assert [planned.parent] == (unified or freezer)
+    # Both are looked for by the names that the kernel gives its files.
+    assert os.path.exists(f"{planned.parent}/cgroup.procs")
+    assert os.path.exists(f"{planned.parent}/cgroup.kill") is planned.unified
 
 
 @pytest.mark.parametrize("its", ["5:memory:/c\n0::/c\n", "3:cpu,cpuacct:/c\n"])

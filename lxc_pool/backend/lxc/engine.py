@@ -153,11 +153,12 @@ class LxcBackend:
         init = self._await_init(blueprint, directory)
         if blueprint.endpoint is not None and blueprint.endpoint.isolated:
             _isolate(blueprint, blueprint.endpoint)
-        directories = cgroups.payload_cgroups(blueprint.name, self._cgroup_trees)
+        trees = self._cgroup_trees or cgroups.hierarchies()
+        directories = cgroups.payload_cgroups(blueprint.name, trees)
         if wrong := limits.problems(blueprint.profile, directories):
             raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
         try:
-            limits.seal(blueprint.profile, directories)
+            limits.seal(blueprint.profile, directories, trees)
         except OSError as error:
             raise StartFailed(f"{blueprint.name} is up, but its cgroups could not be closed to it: {error}") from error
         if command := blueprint.profile.probe or blueprint.image.probe:

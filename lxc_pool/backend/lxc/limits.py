@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lxc_pool.config import ProfileConfig
+from lxc_pool.host import cgroups
 
 _PAGE = 4096
 
@@ -21,8 +22,6 @@ controller can count 65 535 on the whole machine. Source: Linux mm/memcontrol.c,
 
 _LIMITS = ("pids.max", "memory.limit_in_bytes", "memory.max", "cpu.shares", "cpu.weight")
 _SWAP, _MEMORY_AND_SWAP = "memory.swap.max", "memory.memsw.limit_in_bytes"
-_COMMON = ("cgroup.", "tasks", "notify_on_release", "release_agent", "lxc_pool.")
-"""Beginnings of what is in every cgroup of version 1, whatever its hierarchy controls."""
 
 
 def shares(weight: int) -> int:
@@ -58,30 +57,45 @@ def problems(profile: ProfileConfig, directories: Iterable[Path]) -> list[str]:
     return bad
 
 
-def seal(profile: ProfileConfig, directories: Iterable[Path]) -> None:
+def seal(profile: ProfileConfig, directories: Iterable[Path], trees: Iterable[cgroups.Hierarchy]) -> None:
     """Close what liblxc leaves open of a running container's cgroups: how many it may make, and the host's swap.
 
     In a version 1 hierarchy nothing limits their number; so there its root may make none (liblxc gives it the
-    directory), but in one without controllers, which systemd needs and which costs least.
+    directory), but in a named one, which systemd needs and which costs least.
 
     Args:
         profile: What the container was to have.
         directories: As for `problems`.
+        trees: The hierarchies that they are in.
 
     Raises:
         OSError: The kernel refused.
     """
+    spared = {tree.mount_point for tree in trees if tree.is_named}
     for directory in directories:
         hierarchy = _hierarchy(directory)
         if hierarchy.version == 2:
             (directory / "cgroup.max.descendants").write_text(str(_MOST_CGROUPS), encoding="ascii")
-        elif hierarchy.has_controllers:
-            # A directory without others in it has two links: then there is no need to look, which takes 0.1 ms.
-            childless = directory.stat().st_nlink == 2
-            for cgroup in (directory,) if childless else (parent for parent, _, _ in os.walk(directory)):
-                os.chown(cgroup, 0, 0)
+        elif directory.parent not in spared:
+            _take(directory)
         for file in hierarchy.swap:
             _overwrite(directory / file, str(0 if file == _SWAP else profile.memory))
+
+
+def _take(cgroup: Path) -> None:
+    """Make a cgroup and all below it the host's root's.
+
+    Each is taken before it is looked into: what the container's root makes there until then is seen, and after that it
+    can make no more.
+    """
+    left = [str(cgroup)]
+    while left:
+        directory = left.pop()
+        os.chown(directory, 0, 0)
+        # A directory without others in it has two links: then there is no need to look, which takes 0.1 ms.
+        if os.stat(directory).st_nlink != 2:
+            with os.scandir(directory) as entries:
+                left += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 class _Hierarchy(NamedTuple):
@@ -89,13 +103,11 @@ class _Hierarchy(NamedTuple):
 
     Attributes:
         version: Of cgroups.
-        has_controllers: Whether there are any of version 1.
         limits: The files of the limits that can be read back there.
         swap: Those that bound swap; none on a host that does not count it.
     """
 
     version: int
-    has_controllers: bool
     limits: tuple[str, ...]
     swap: tuple[str, ...]
 
@@ -109,10 +121,8 @@ def _hierarchy(cgroup: Path) -> _Hierarchy:
     known = _hierarchies.get(cgroup.parent)
     if known is None:
         files = os.listdir(cgroup)
-        version = 2 if "cgroup.max.descendants" in files else 1
         known = _hierarchies[cgroup.parent] = _Hierarchy(
-            version,
-            version == 1 and not all(file.startswith(_COMMON) for file in files),
+            2 if "cgroup.max.descendants" in files else 1,
             tuple(file for file in _LIMITS if file in files),
             tuple(file for file in (_SWAP, _MEMORY_AND_SWAP) if file in files),
         )
