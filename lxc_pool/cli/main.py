@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lxc_pool import errors, hostdir
-from lxc_pool.cli import host_commands, image_commands, lease_commands, pool_commands, residue_commands
+from lxc_pool.cli import host_commands, image_commands, lease_commands, pool_commands, residue_commands, top_command
 
 DONE, NO, WRONG_USE, UNREACHABLE, NOT_ALLOWED, FAILED = range(6)
 """Exit statuses. Origin: the public contract."""
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     common = argparse.ArgumentParser(add_help=False)
     _add_common(common, default=argparse.SUPPRESS)
-    for module in (host_commands, image_commands, pool_commands, lease_commands, residue_commands):
+    for module in (host_commands, image_commands, pool_commands, top_command, lease_commands, residue_commands):
         module.add_to(commands, common)
     return parser
 

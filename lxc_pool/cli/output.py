@@ -18,10 +18,15 @@ def print_json(document: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print columns that line up; None shows as a dash."""
+    for line in table(header, rows):
+        print(line)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return the lines of columns that line up; None shows as a dash."""
     cells = [list(header), *([("-" if value is None else str(value)) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
 
 def step_line(step: Step, *, would: bool) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from lxc_pool.cli.output import Progress, print_json, print_table
+from lxc_pool.cli import views
+from lxc_pool.cli.output import Progress, print_json
 from lxc_pool.errors import PoolTimeout
 from lxc_pool.manager import PoolManager
 from lxc_pool.model import PoolStatus
@@ -41,25 +42,8 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(status.as_dict())
         return 0
-    state = "ending" if not status.running else "drained" if status.draining else "running"
-    print(f"{state}, pid {status.pid}, up {status.uptime:.0f} s, at {status.socket_path}")
-    print(f"{status.worker_count} lanes, {status.client_count} clients, {status.waiting} waiting")
-    counts = ("building", "reserved", "leased", "reaping", "stuck", "waiting")
-    columns = ("capacity", "min", "max", "size", *counts, "outdated", "image")
-    print_table(
-        ("profile", *columns),
-        [(name, *(getattr(profile, column) for column in columns)) for name, profile in status.profiles.items()],
-    )
-    for name, profile in status.profiles.items():
-        if profile.last_error:
-            print(f"profile {name} is not ready: {profile.last_error}")
-    if status.error_count:
-        print(f"{status.error_count} errors, the last one: {status.last_error}")
-    for notice in (status.configuration, status.ledger):
-        if notice:
-            print(notice)
-    if status.backoff:
-        print(f"creation is held back for {status.backoff:.1f} s after failures")
+    for line in views.status(status):
+        print(line)
     return 0
 
 
@@ -69,23 +53,8 @@ def _ls(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([info.as_dict() for info in infos])
         return 0
-    print_table(
-        ("name", "profile", "state", "id", "owner", "uid", "age", "init", "reason"),
-        [
-            (
-                info.name,
-                info.profile,
-                info.state,
-                info.id,
-                info.owner_pid,
-                info.owner_uid,
-                f"{info.age:.1f}",
-                info.init_pid,
-                info.reason,
-            )
-            for info in infos
-        ],
-    )
+    for line in views.containers(infos):
+        print(line)
     return 0
 
 

@@ -17,9 +17,9 @@ import select
 import signal
 import termios
 import tty
-from collections.abc import Iterator
-from types import FrameType
+from contextlib import AbstractContextManager
 
+from lxc_pool.cli.borrowed import borrowed, drain
 from lxc_pool.client.container import Container
 from lxc_pool.client.process import Process
 
@@ -31,8 +31,6 @@ _CHUNK = 64 * 1024
 _TAIL = 128 * 1024
 """Bytes read of what a command left in its terminal when it ended: more than the kernel keeps (64 KiB and 4 KiB, Linux
 6.18, tty_buffer.c and n_tty.c), and an end where a process that it left behind goes on writing."""
-
-_FATAL = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 
 
 def is_wanted(choice: bool | None) -> bool:
@@ -64,59 +62,40 @@ def run(container: Container, argv: list[str], *, everything: bool) -> int:
     stderr = None if everything or os.isatty(STDERR) else STDERR
     environment = {"TERM": term} if (term := os.environ.get("TERM")) else None
     with container.popen(argv, stderr=stderr, env=environment, tty=os.terminal_size((columns, rows))) as process:
-        with _lent(process):
-            _Relay(process).run()
+        with _lent(process) as woken:
+            _Relay(process, woken).run()
         return process.wait()
 
 
-@contextlib.contextmanager
-def _lent(process: Process) -> Iterator[None]:
-    """Make our terminal raw, and the command's as large as ours, for as long as the block lasts."""
+def _lent(process: Process) -> AbstractContextManager[int]:
+    """Make our terminal raw, and the command's as large as ours, for as long as the block lasts; see `borrowed`."""
     modes = termios.tcgetattr(STDIN)
+
+    def lend() -> None:
+        with contextlib.suppress(termios.error):
+            tty.setraw(STDIN, termios.TCSADRAIN)  # not the default, which throws away what was typed ahead
+        resize()
 
     def restore() -> None:
         with contextlib.suppress(termios.error):  # it has been hung up
             termios.tcsetattr(STDIN, termios.TCSANOW, modes)
 
-    def lend(_number: int = 0, _frame: FrameType | None = None) -> None:
-        with contextlib.suppress(termios.error):
-            tty.setraw(STDIN, termios.TCSADRAIN)  # not the default, which throws away what was typed ahead
-        resize()
-
-    def resize(_number: int = 0, _frame: FrameType | None = None) -> None:
+    def resize() -> None:
         if process.terminal is not None:
             with contextlib.suppress(termios.error):
                 termios.tcsetwinsize(process.terminal, termios.tcgetwinsize(STDIN))
 
-    def yield_to(number: int, _frame: FrameType | None) -> None:
-        """Do what the signal does without a handler, with the terminal as it was; go on if it has not ended us."""
-        restore()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        signal.signal(number, yield_to)
-        lend()
-
-    handlers = dict.fromkeys((*_FATAL, signal.SIGTSTP), yield_to) | {signal.SIGCONT: lend, signal.SIGWINCH: resize}
-    # what is ignored stays so: nohup(1)
-    before = {number: old for number in handlers if (old := signal.getsignal(number)) is not signal.SIG_IGN}
-    try:
-        for number in before:
-            signal.signal(number, handlers[number])
-        lend()
-        yield
-    finally:
-        restore()
-        for number, old in before.items():
-            signal.signal(number, old)
+    return borrowed(lend, restore, {signal.SIGWINCH: resize})
 
 
 class _Relay:
     """Copy between our terminal and a command's until the command ends."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, woken: int) -> None:
         assert process.terminal is not None, "it was started with one"
         self._process = process
         self._master = process.terminal
+        self._woken = woken
         self._typed = b""  # and not taken by the command's terminal yet
         self._open = True  # somebody in the container has the command's terminal open
         self._poller = select.epoll()
@@ -124,13 +103,14 @@ class _Relay:
     def run(self) -> None:
         """Do it."""
         with self._poller:
-            self._poller.register(STDIN, select.EPOLLIN)
-            self._poller.register(self._master, select.EPOLLIN)
-            self._poller.register(self._process, select.EPOLLIN)
+            for fd in (STDIN, self._master, self._process, self._woken):
+                self._poller.register(fd, select.EPOLLIN)
             while self._process.returncode is None:
                 for fd, events in self._poller.poll():
                     if fd == STDIN:
                         self._read_keys()
+                    elif fd == self._woken:
+                        drain(self._woken)
                     elif fd != self._master:
                         self._process.poll()
                     else:  # keys first, for a flood of output must not keep back the Ctrl-C that is to end it

@@ -422,6 +422,16 @@ def test_a_session_survives_the_service(service: Service) -> None:
         service.await_ready()
 
 
+def test_top_says_that_the_service_has_ended_on_the_terminal_as_it_was(service: Service) -> None:
+    service.start(size=1)
+    with typist(service.command("top", "-n", "0.1"), ROOT) as somebody:
+        somebody.sees(rb"\x1b\[\?1049h(?s:.*)running, pid ")
+        service.stop()
+        assert somebody.ends() == 3
+        assert re.search(rb"\x1b\[\?1049l.*no service answers", somebody.shown, re.DOTALL)
+        assert somebody.is_as_before
+
+
 def pids_in(container: Container, name: str) -> list[int]:
     """Return the host's pids of a container's processes of a name."""
     namespace = os.readlink(f"/proc/{container.init_pid}/ns/pid")

@@ -176,6 +176,7 @@ def test_the_relay_sleeps_while_the_command_has_its_terminal_closed(
 ) -> None:
     keys, typed = os.pipe()
     shown, screen = os.pipe()
+    signalled, signaller = os.pipe()
     monkeypatch.setattr(cli_terminal, "STDIN", keys)
     monkeypatch.setattr(cli_terminal, "STDOUT", screen)
     ours, its = control
@@ -185,7 +186,7 @@ def test_the_relay_sleeps_while_the_command_has_its_terminal_closed(
     name = os.ttyname(pty[1])
     os.write(pty[1], b"first ")
     os.close(pty[1])
-    relay = CountingRelay(process)
+    relay = CountingRelay(process, signalled)
     thread = threading.Thread(target=relay.run)
     thread.start()
     try:
@@ -202,5 +203,5 @@ def test_the_relay_sleeps_while_the_command_has_its_terminal_closed(
         its.send(Exited(0).encode())
         thread.join()
     process.close()
-    for descriptor in (keys, typed, shown, screen):
+    for descriptor in (keys, typed, shown, screen, signalled, signaller):
         os.close(descriptor)
