@@ -35,12 +35,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     add_state_dir(parser)
     parser.set_defaults(function=_setup)
     parser = commands.add_parser("check", parents=[common], help="name each thing that this host lacks, with the fix")
+    _add_config(parser)
     add_state_dir(parser)
     parser.set_defaults(function=_check)
     parser = commands.add_parser("serve", parents=[common], help="run the service in the foreground")
-    parser.add_argument(
-        "--config", type=Path, metavar="F", help=f"the configuration (default: {config.DEFAULT_CONFIG})"
-    )
+    _add_config(parser)
     parser.add_argument(
         "--size", type=int, metavar="N", help="warm containers to keep (default: the configuration's, or 5)"
     )
@@ -48,6 +47,12 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     add_state_dir(parser)
     parser.set_defaults(function=_serve)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="F", help=f"the configuration (default: {config.DEFAULT_CONFIG})"
+    )
 
 
 def _setup(arguments: argparse.Namespace) -> int:
@@ -76,8 +81,11 @@ def _setup(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from lxc_pool.host import requirements
+    from lxc_pool.service.directories import read_instance
 
-    found = requirements.check(arguments.state_dir)
+    configuration = config.load(arguments.config)
+    network = configuration.network if configuration.wants_bridge else None
+    found = requirements.check(arguments.state_dir, network, read_instance(arguments.state_dir) or "000000")
     if arguments.json:
         print_json([{"name": r.name, "ok": r.ok, "advice": r.advice, "detail": r.detail, "fix": r.fix} for r in found])
     else:

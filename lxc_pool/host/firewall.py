@@ -28,6 +28,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 
+from lxc_pool.config import REACHABLE
 from lxc_pool.errors import BackendError, ConfigError
 from lxc_pool.host.bridge import Network, device_prefix, hardware_address, port_kind, port_name
 
@@ -94,6 +95,15 @@ def close_off(network: Network, reaches: Iterable[Sequence[str]]) -> None:
         if name != own:
             remove_table(name)  # that of another bridge, before the configuration changed
     _pass_other_firewall(network)
+
+
+def rehearse(network: Network) -> None:
+    """See whether this host's nft and kernel know all that the rules need; nothing is changed.
+
+    Raises:
+        BackendError: They do not.
+    """
+    _run(["nft", "--check", "-f", "-"], rules(network, [(), REACHABLE]))
 
 
 def remove_table(name: str) -> None:

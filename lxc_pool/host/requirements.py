@@ -13,8 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lxc_pool.errors import ImageError
-from lxc_pool.host import cgroups
+from lxc_pool.config import NetworkConfig
+from lxc_pool.errors import BackendError, ConfigError, ImageError
+from lxc_pool.host import bridge, cgroups, firewall
 from lxc_pool.images import busybox
 
 _MIN_KERNEL = (5, 8)
@@ -59,13 +60,15 @@ class Requirement:
     advice: bool = False
 
 
-def check(state_dir: Path) -> tuple[Requirement, ...]:
+def check(state_dir: Path, network: NetworkConfig | None = None, instance: str = "000000") -> tuple[Requirement, ...]:
     """Look at everything that the service needs on this host; about 20 ms.
 
     Args:
         state_dir: Where containers and images would be; it need not exist yet.
+        network: The bridge that profiles want; None: none does.
+        instance: The service's, whose bridge is in nobody's way.
     """
-    return (
+    found = (
         kernel(os.uname().sysname, os.uname().release),
         pidfds(),
         root(),
@@ -78,6 +81,7 @@ def check(state_dir: Path) -> tuple[Requirement, ...]:
         descriptors(),
         inotify(),
     )
+    return found if network is None else (*found, bridge_network(network, instance))
 
 
 def kernel(system: str, release: str) -> Requirement:
@@ -209,6 +213,25 @@ def inotify() -> Requirement:
         fix = f"sysctl fs.inotify.max_user_instances={GOOD_INOTIFY * 8}"
         return Requirement("inotify", False, f"{limit} instances for all containers", fix, advice=True)
     return Requirement("inotify", True, f"{limit} instances")
+
+
+def bridge_network(config: NetworkConfig, instance: str) -> Requirement:
+    """Check that the network can be made that profiles want; see `bridge.plan`."""
+    packages = {"ip": "iproute2", "nft": "nftables"}
+    if missing := [program for program in packages if shutil.which(program) is None]:
+        fix = f"apt-get install {' '.join(packages[program] for program in missing)}"
+        return Requirement("bridge", False, f"not found: {', '.join(missing)}", fix)
+    if os.geteuid() != 0:
+        return Requirement("bridge", False, "can't be tried without root", "run this check as root")
+    try:
+        plan = bridge.plan(config, instance)
+        firewall.rehearse(dataclasses.replace(plan, subnet=next(plan.subnet.subnets(new_prefix=29))))
+    except ConfigError as error:
+        return Requirement("bridge", False, "not as it is configured", str(error))
+    except BackendError as error:
+        fix = "use a kernel with bridges and nftables (CONFIG_BRIDGE, CONFIG_NF_TABLES_BRIDGE, CONFIG_NFT_CONNLIMIT, …)"
+        return Requirement("bridge", False, str(error), fix)
+    return Requirement("bridge", True, f"{plan.bridge}, {plan.subnet}, resolvers {', '.join(plan.resolvers) or 'none'}")
 
 
 def _run(command: list[str], cwd: str | None = None) -> subprocess.CompletedProcess[str]:

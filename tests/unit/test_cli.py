@@ -347,7 +347,7 @@ def test_check_names_what_the_host_lacks_and_says_no(lxc_pool: Terminal, monkeyp
     advice = Requirement("limits", ok=False, detail="low", fix="raise them", advice=True)
     bad = Requirement("liblxc", ok=False, detail="missing", fix="apt-get install lxc")
     found = [good, advice]
-    monkeypatch.setattr(requirements, "check", lambda _state_dir: found)
+    monkeypatch.setattr(requirements, "check", lambda _state_dir, _network, _instance: found)
     assert lxc_pool.run("check") == 0
     assert lxc_pool.out.splitlines() == ["ok      kernel: 6.1", "advice  limits: low", "        fix: raise them"]
     found.append(bad)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
+from lxc_pool.config import NetworkConfig
 from lxc_pool.errors import ImageError
-from lxc_pool.host import cgroups, requirements
+from lxc_pool.host import bridge, cgroups, requirements
 from lxc_pool.images import busybox
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -212,3 +215,26 @@ def test_a_number_that_is_not_there_is_none(tmp_path: Path) -> None:
     assert requirements._number(str(tmp_path / "absent")) is None
     (tmp_path / "word").write_text("max\n")
     assert requirements._number(str(tmp_path / "word")) is None
+
+
+def test_a_bridge_is_looked_at_only_if_a_profile_wants_one(tmp_path: Path) -> None:
+    assert "bridge" not in {requirement.name for requirement in requirements.check(tmp_path)}
+    found = {requirement.name: requirement for requirement in requirements.check(tmp_path, NetworkConfig(dns=()))}
+    assert found["bridge"].detail
+
+
+def test_what_a_bridge_needs_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ip").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = requirements.bridge_network(NetworkConfig(), "000000")
+    assert (found.ok, found.detail, found.fix) == (False, "not found: nft", "apt-get install nftables")
+
+
+@needs_root
+def test_a_subnet_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = [{"ifname": "eth7", "addr_info": [{"local": "10.60.0.1", "prefixlen": 24}]}]
+    monkeypatch.setattr(bridge, "_ip", lambda *_arguments: addresses if "address" in _arguments else [])
+    monkeypatch.setattr(shutil, "which", lambda program: f"/usr/sbin/{program}")
+    found = requirements.bridge_network(NetworkConfig(subnet=IPv4Network("10.60.0.0/25"), dns=()), "000000")
+    assert not found.ok
+    assert "overlaps 10.60.0.1/24 on eth7" in found.fix
