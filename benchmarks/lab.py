@@ -32,6 +32,8 @@ from benchmarks.interrupts import Interrupts
 from lxc_pool import LxcPoolError, PoolManager, PoolServiceProxy, PoolStatus
 from lxc_pool.backend.lxc import removal
 from lxc_pool.images.store import Image, ImageStore
+from lxc_pool.service.directories import read_instance
+from lxc_pool.service.network import remove_network
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,8 +65,8 @@ class Service:
         assert image is not None, "a service with warm containers has an image"
         return image
 
-    def rest(self) -> PoolStatus:
-        """Wait until the pool is full and nothing is under way, and a moment longer.
+    def rest(self, *, leased: int = 0) -> PoolStatus:
+        """Wait until the pool is full and nothing is under way but so many leases, and a moment longer.
 
         Raises:
             PoolTimeout: The pool does not become full.
@@ -75,8 +77,8 @@ class Service:
         while True:
             status = self.pool.status()
             time.sleep(_QUIET_PAUSE)
-            if status.size == status.capacity and not (
-                status.building or status.reserved or status.leased or status.reaping or status.stuck
+            if (status.size, status.leased) == (status.capacity, leased) and not (
+                status.building or status.reserved or status.reaping or status.stuck
             ):
                 return status
             if time.monotonic() > deadline:
@@ -127,27 +129,33 @@ class Lab:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.interrupts.disarm()
-        left = [*self._end_processes(), *self._remove_containers(), *self._remove_directories()]
+        left = [*self._end_processes(), *self._remove_containers()]
+        self._remove_networks()
+        left += self._remove_directories()
         if left and error is not None:
             error.add_note("; ".join(left))
         elif left:
             raise LabError("; ".join(left))
 
     @contextlib.contextmanager
-    def service(self, size: int) -> Iterator[Service]:
-        """Have a service with *size* warm containers, which is full and at rest."""
+    def service(self, size: int | None = None, config: str = "") -> Iterator[Service]:
+        """Have a service which is full and at rest.
+
+        Args:
+            size: Warm containers of the default profile; None: as the configuration says.
+            config: The text of that. It is never the machine's, which is for the machine's service.
+        """
         place = self.directory / f"s{next(self._numbers)}"
         place.mkdir(mode=0o755)
-        # A configuration of its own, and an empty one: the machine's is for the machine's service.
-        config = place / "lxc-pool.toml"
-        config.touch()
+        file = place / "lxc-pool.toml"
+        file.write_text(config, encoding="utf-8")
         host_dir, state_dir = place / "host", place / "state"
         self._lxcpaths.append(state_dir / "containers")
         log = place / "service.log"
         argv = [sys.executable, "-m", "lxc_pool", "serve", "--host-dir", str(host_dir), "--state-dir", str(state_dir)]
         with self.interrupts.shield(), log.open("wb") as stderr:
             process = subprocess.Popen(
-                [*argv, "--config", str(config), "--size", str(size)],
+                [*argv, "--config", str(file), *([] if size is None else ["--size", str(size)])],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -197,6 +205,12 @@ class Lab:
                 removal.remove(container.name, container.parent, force=True)
             except (LxcPoolError, OSError) as error:
                 yield f"{container}: {error}"
+
+    def _remove_networks(self) -> None:
+        """Remove the bridge of a service that was killed; what can't be removed is in the log."""
+        for lxcpath in self._lxcpaths:
+            if (instance := read_instance(lxcpath.parent)) is not None:
+                remove_network(instance)
 
     def _remove_directories(self) -> Iterator[str]:
         for directory in (self.directory, _LOCKS / self.directory.relative_to("/")):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from benchmarks.lab import Lab
-from benchmarks.measures import handout, idle, memory, reap, refill, run
+from benchmarks.measures import handout, idle, memory, network, reap, refill, run
 from benchmarks.plan import Plan
 from benchmarks.report import Outcome
 
@@ -15,6 +15,7 @@ MEASURES: Mapping[str, Callable[[Lab, Plan], Outcome]] = MappingProxyType(
         "handout": handout.measure,
         "refill": refill.measure,
         "run": run.measure,
+        "network": network.measure,
         "reap": reap.measure,
         "idle": idle.measure,
         "memory": memory.measure,

@@ -77,7 +77,7 @@ def pool_network(config: Config, instance: str, entries: Callable[[], Iterable[E
     finally:
         # Before the ledger is closed, after the containers are gone: what it still has, goes on without us.
         if not any(entry.endpoint for entry in entries()):
-            _close(instance)
+            remove_network(instance)
 
 
 def _open(
@@ -95,7 +95,7 @@ def _open(
             bridge.make(network)
         log.info("bridge %s: %s, resolvers %s", network.bridge, network.subnet, ", ".join(network.resolvers) or "none")
     elif not endpoints:
-        _close(instance)
+        remove_network(instance)
     kept = {endpoint.port for endpoint in endpoints} | {endpoint.bridge for endpoint in endpoints}
     for device in bridge.devices():
         # Whoever is behind a port that the ledger does not know: its address is about to be given out.
@@ -104,7 +104,7 @@ def _open(
     return network
 
 
-def _close(instance: str) -> None:
+def remove_network(instance: str) -> None:
     """Remove every device and rule that the service has made, if there is any.
 
     Devices first: rules stand for as long as there is anything that they are for.
