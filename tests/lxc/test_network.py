@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lxc_pool import Container, LeaseError, LeaseExpired, PoolServiceProxy, PoolTimeout
-from tests.support import netlab
+from tests.support import debian, netlab
 from tests.support.netlab import ANSWER, FAR, PORT, UPLINK, NetLab
 from tests.support.real_service import Service
 from tests.support.waiting import eventually
@@ -129,13 +129,7 @@ def test_the_host_reaches_a_server_in_it(pool: PoolServiceProxy, lab: NetLab) ->
         server = container.popen(["nc", "-l", "-p", "80", "-e", "echo", "hello"])
         address = container.ips[0]
 
-        def greeted() -> bool:
-            done = subprocess.run(
-                lab.host.command("busybox", "nc", "-w", "5", address, "80"), capture_output=True, check=False
-            )
-            return done.stdout == b"hello\n"
-
-        eventually(greeted, "an answer of the container's server")
+        eventually(lambda: netlab.greeted(lab.host, address, 80), "an answer of the container's server")
         assert server.wait(10) == 0
 
 
@@ -314,3 +308,52 @@ def test_waiting_for_the_network_ends_with_the_container(pool: PoolServiceProxy)
 def test_there_is_no_waiting_for_a_network_that_will_never_be(service: Service) -> None:
     with service.start(size=1).lease("job") as container, pytest.raises(ValueError, match='network = "bridge"'):
         container.wait_for_network(None)
+
+
+def test_containers_of_two_services_do_not_reach_each_other(
+    pool: PoolServiceProxy, service: Service, lab: NetLab
+) -> None:
+    other = service.start(config=CONFIG)
+    with pool.lease("one") as one, other.lease("two") as two:
+        server = two.popen(["sh", "-c", "while nc -l -p 80 -e echo hello; do :; done"])
+        address = two.ips[0]
+        eventually(lambda: netlab.greeted(lab.host, address, 80), "the host reaches it")
+        done = one.run(["nc", "-w", "1", address, "80"], capture_output=True, timeout=20)
+        assert done.stdout == b""
+        server.kill_tree()
+        server.close()
+
+
+def test_a_resolver_that_the_host_is_itself_is_reached_and_nothing_else_of_the_host(
+    service: Service, lab: NetLab
+) -> None:
+    lab.resolve(lab.host, UPLINK)
+    lab.serve(lab.host, UPLINK, PORT)
+    pool = service.start(config=configured("10.77.4.0/24", f'dns = ["{UPLINK}"]'))
+    with pool.lease("job") as container:
+        assert f"Address: {ANSWER}" in say(container, "nslookup", "somewhere.example")
+        assert container.run(["nc", "-w", "1", UPLINK, str(PORT)], capture_output=True, timeout=20).stdout == b""
+
+
+@pytest.fixture(scope="module")
+def debian_pool(lab: NetLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolServiceProxy]:
+    images = tmp_path_factory.mktemp("debian") / "images"
+    debian.lend_images(images)
+    service = Service(images, lab.host)
+    try:
+XX        pool = service.start(config=profiles)
+        pool.wait_ready(timeout=90)
+        yield pool
+    finally:
+        service.close()
+
+
+@pytest.mark.timeout(600)  # seconds: the first one builds the image, which takes 20 on an idle machine
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_booted_debian_has_the_same(debian_pool: PoolServiceProxy, profile: str) -> None:
+    with debian_pool.lease("job", timeout=90, profile=profile) as container:
+        assert container.wait_for_network(0) == container.ips
+        assert say(container, "cat", "/etc/resolv.conf") == f"nameserver {FAR}"
+        assert say(container, "getent", "ahostsv4", "somewhere.example").split()[0] == ANSWER
+        assert say(container, "bash", "-c", f"cat </dev/tcp/{FAR}/{PORT}") == UPLINK
+        assert say(container, "cat", "/proc/net/if_inet6") == ""

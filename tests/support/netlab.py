@@ -123,7 +123,7 @@ class NetLab:
             self.outside.run("ip", "address", "add", f"{address}/32", "dev", "lo")
         self.serve(self.outside, FAR, PORT)
         self.serve(self.outside, METADATA, 80)
-        self._resolve()
+        self.resolve(self.outside, FAR)
 
     def serve(self, where: Namespace, address: str, port: int) -> None:
         """Tell whoever connects from which address that was."""
@@ -136,12 +136,12 @@ class NetLab:
 
         self._keep_answering(listener, answer)
 
-    def _resolve(self) -> None:
-        """Have a resolver outside that knows one answer: to every question for an address, ANSWER."""
+    def resolve(self, where: Namespace, address: str) -> None:
+        """Have a resolver that knows one answer: to every question for an address, ANSWER."""
 
         def bind() -> socket.socket:
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            sock.bind((FAR, DNS_PORT))
+            sock.bind((address, DNS_PORT))
             return sock
 
         def answer(sock: socket.socket) -> None:
@@ -154,7 +154,7 @@ class NetLab:
             record = bytes.fromhex("c00c 0001 0001 0000003c 0004") + socket.inet_aton(ANSWER) if is_a else b""
             sock.sendto(header + question + record, peer)
 
-        self._keep_answering(self.outside.inside(bind), answer)
+        self._keep_answering(where.inside(bind), answer)
 
     def _keep_answering(self, sock: socket.socket, answer: Callable[[socket.socket], None]) -> None:
         def loop() -> None:
@@ -204,6 +204,12 @@ class Tap:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
+
+
+def greeted(where: Namespace, address: str, port: int) -> bool:
+    """Whether a server there says hello to somebody in a namespace."""
+    command = where.command("busybox", "nc", "-w", "5", address, str(port))
+    return subprocess.run(command, capture_output=True, check=False).stdout == b"hello\n"
 
 
 def json_of(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from lxc_pool.backend.lxc import removal
 from lxc_pool.errors import CloneFailed, HostDirError
-from lxc_pool.host import idranges, residue
+from lxc_pool.host import bridge, firewall, idranges, residue
 from lxc_pool.service import audit
 from lxc_pool.service.directories import host_dir, name_prefix, state_dir
 from tests.support.processes import in_child
@@ -201,3 +202,29 @@ def test_what_is_mounted_in_a_containers_directory_is_taken_off_and_keeps_its_fi
     assert not place.exists()
     assert (precious / "deep" / "file").read_text() == "mine"
     assert not any(residue.is_there(trace) for trace in report.findings)
+
+
+@needs_root
+def test_devices_and_rules_of_the_service_are_found_and_removed_and_others_are_not(state: Path, host: Path) -> None:
+    instance = (state / "instance").read_text().strip()
+    ours = {f"lxp{instance}", f"lxp{instance}a002", f"lxp-{instance}"}
+
+    def in_a_network_of_its_own() -> tuple[set[tuple[residue.Kind, str]], list[str | None], set[str]]:
+        assert ctypes.CDLL(None).unshare(0x40000000) == 0  # CLONE_NEWNET
+        for name, *kind in (
+            (f"lxp{instance}", "bridge"),
+            (f"lxp{instance}a002", "veth", "peer", "name", "far0"),
+            ("lxpffffff", "bridge"),
+        ):
+            subprocess.run(["ip", "link", "add", name, "type", *kind], check=True)
+        for name in (f"lxp-{instance}", "lxp-ffffff"):
+            subprocess.run(["nft", f"add table bridge {name}; add table inet {name}"], check=True)
+        report = audit.audit(state, host)
+        found = {(trace.kind, trace.name) for trace in report.findings}
+        problems = [removal.problem for removal in audit.clean(report, state)]
+        return found, problems, {*bridge.devices(), *firewall.tables()}
+
+    found, problems, left = in_child(in_a_network_of_its_own)
+    assert found == {("netdev", name) for name in ours}
+    assert problems == [None, None, None]
+    assert left == {"lo", "lxpffffff", "lxp-ffffff"}
