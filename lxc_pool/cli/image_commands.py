@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lxc_pool.cli.options import add_state_dir
 from lxc_pool.cli.output import Progress, print_json, print_table
 from lxc_pool.errors import ConfigError, ImageError, LxcPoolError
+from lxc_pool.progress import Milestone
 
 if TYPE_CHECKING:
     from lxc_pool import PoolServiceProxy
@@ -121,8 +122,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     images = [image for reference in arguments.images for image in store.find(reference)]
     results: list[tuple[Image, str | None]] = []
     with _progress(arguments) as progress:
-        for image in images if arguments.images else store.list():
-            progress.show(f"verifying {image.ref}")
+        images = images if arguments.images else list(store.list())
+        everything, seen = sum(image.size for image in images), 0
+        for image in images:
+            progress.show(Milestone(f"verifying {image.ref}", seen / everything if everything else 0.0))
+            seen += image.size
             try:
                 verify(image)
                 results.append((image, None))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from lxc_pool.progress import Milestone
 
 if TYPE_CHECKING:
     from lxc_pool.host.setup import Step
@@ -35,8 +38,15 @@ def step_line(step: Step, *, would: bool) -> str:
     return f"{sign} {step.name} {step.target}: {step.detail}"
 
 
+_BAR = 24
+"""Characters of a bar."""
+
+
 class Progress:
-    """One line on stderr that is written over on a terminal, and written once for each change elsewhere."""
+    """One line on stderr that is written over on a terminal, and written once for each change elsewhere.
+
+    On a terminal a `progress.Milestone` has a bar before it.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -45,16 +55,26 @@ class Progress:
 
     def show(self, text: str) -> None:
         """Show *text* as the state that things are in."""
-        if self._quiet or text == self._last:
+        line = text
+        if self._terminal:
+            # A line that goes on in the next one can't be written over.
+            line = f"{_bar(text.done)} {text}" if isinstance(text, Milestone) else text
+            line = line[: shutil.get_terminal_size().columns - 1]
+        if self._quiet or line == self._last:
             return
         if self._terminal:
-            print(f"\r{text:<{len(self._last)}}", end="", file=sys.stderr, flush=True)
+            print(f"\r{line:<{len(self._last)}}", end="", file=sys.stderr, flush=True)
         else:
-            print(text, file=sys.stderr, flush=True)
-        self._last = text
+            print(line, file=sys.stderr, flush=True)
+        self._last = line
 
     def end(self) -> None:
         """Leave the line."""
         if self._terminal and self._last and not self._quiet:
             print(file=sys.stderr)
         self._last = ""
+
+
+def _bar(done: float) -> str:
+    """Return a bar, of which as much is filled as is done."""
+    return f"[{'#' * int(done * _BAR):<{_BAR}}] {done:4.0%}"

@@ -9,6 +9,7 @@ from lxc_pool.cli.output import Progress, print_json
 from lxc_pool.errors import PoolTimeout
 from lxc_pool.manager import PoolManager
 from lxc_pool.model import PoolStatus
+from lxc_pool.progress import Milestone
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
@@ -63,7 +64,8 @@ def _wait(arguments: argparse.Namespace) -> int:
 
     def show(status: PoolStatus) -> None:
         wanted = status.capacity if arguments.n is None else arguments.n
-        progress.show(f"{min(status.size, wanted)} of {wanted} containers are warm")
+        size = min(status.size, wanted)
+        progress.show(Milestone(f"{size} of {wanted} containers are warm", size / wanted if wanted else 1.0))
 
     with PoolManager.connect(arguments.host_dir) as pool:
         try:

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -18,6 +18,7 @@ from lxc_pool.errors import ImageError
 from lxc_pool.images import program
 from lxc_pool.images.builders import Report
 from lxc_pool.images.unpack import Attributes, Unpacker
+from lxc_pool.progress import Milestone, Milestones
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """How compressed files begin. Source: RFC 1952, the .xz file format, RFC 8878."""
@@ -39,9 +40,6 @@ _HEADERS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 
-_PROGRESS = 2000
-"""Files between two lines about the progress."""
-
 
 def is_compressed(path: Path) -> bool:
     """Tell whether a file begins as one that we can decompress.
@@ -60,7 +58,7 @@ def first_name(path: Path) -> str:
         ImageError: It is no tar archive, or damaged.
         OSError: It can't be read.
     """
-    with _opened(path) as archive:
+    with _opened(path) as (archive, _read):
         member = archive.next()
         return "" if member is None else member.name
 
@@ -74,13 +72,14 @@ def unpack(path: Path, unpacker: Unpacker, report: Report) -> None:
         OSError: It can't be read, or the disk fails.
     """
     count = 0
-    with _opened(path) as archive:
+    milestones = Milestones()
+    with _opened(path) as (archive, read):
         while (member := archive.next()) is not None:
             _unpack_member(archive, member, unpacker)
             archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
             count += 1
-            if count % _PROGRESS == 0:
-                report(f"unpacked {count} files")
+            if milestones.is_due(done := read()):
+                report(Milestone(f"unpacked {count} files", done))
         if not getattr(archive, "lxc_pool_complete", False):
             raise ImageError(f"{path} is cut short or damaged after {count} files")
     unpacker.finish()
@@ -94,7 +93,7 @@ def decompress(path: Path, target: Path) -> None:
         OSError: It can't be read or written.
     """
     try:
-        with _decompressed(path) as stream, open(target, "xb") as file:
+        with _decompressed(path) as (stream, _read), open(target, "xb") as file:
             while chunk := stream.read(_CHUNK):
                 program.check_room(target.parent)
                 file.write(chunk)
@@ -156,13 +155,16 @@ class _Member(tarfile.TarInfo):
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open an archive as a stream; turn whatever is wrong with it into an ImageError."""
+def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Callable[[], float]]]:
+    """Open an archive as a stream; turn whatever is wrong with it into an ImageError.
+
+    Beside it comes what tells how much of the file has been read, from 0 to 1.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            stream = stack.enter_context(_decompressed(path))
+            stream, read = stack.enter_context(_decompressed(path))
             stack.enter_context(_bounded_memory())
-            yield stack.enter_context(tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, errorlevel=2))
+            yield stack.enter_context(tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, errorlevel=2)), read
         except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, RecursionError) as error:
             raise ImageError(f"{path} is no tar archive, or damaged: {error}") from error
         except MemoryError as error:
@@ -170,22 +172,30 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 @contextlib.contextmanager
-def _decompressed(path: Path) -> Iterator[BinaryIO]:
+def _decompressed(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
     # Without a buffer: zstd goes on with the descriptor from where we are.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         start = file.read(6)
         file.seek(0)
+        size = os.fstat(file.fileno()).st_size
+
+        def read() -> float:
+            # The kernel's position, which zstd moves too: it has this descriptor.
+            return os.lseek(file.fileno(), 0, os.SEEK_CUR) / size if size else 0.0
+
         match next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None):
             case "gzip":
-                yield cast("BinaryIO", io.BufferedReader(_Inflated(file, _Gzip), _CHUNK))
+                yield cast("BinaryIO", io.BufferedReader(_Inflated(file, _Gzip), _CHUNK)), read
             case "xz":
-                yield cast("BinaryIO", io.BufferedReader(_Inflated(file, _Xz), _CHUNK))
+                yield cast("BinaryIO", io.BufferedReader(_Inflated(file, _Xz), _CHUNK)), read
             case "zstd":
-                yield from _unzstd(file, path)
+                with _unzstd(file, path) as stream:
+                    yield stream, read
             case _:
-                yield file
+                yield file, read
 
 
+@contextlib.contextmanager
 def _unzstd(file: IO[bytes], path: Path) -> Iterator[BinaryIO]:
     """Decompress with the program: Python has no zstd before 3.14."""
     program.need("zstd", "zstd", f"unpacking {path}")

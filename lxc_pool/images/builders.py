@@ -9,7 +9,7 @@ from types import MappingProxyType
 from lxc_pool.images import busybox
 
 Report = Callable[[str], None]
-"""Takes one line for the user: what a build is doing."""
+"""Takes one line for the user: what a build is doing. A `progress.Milestone` says how far it is, too."""
 
 Builder = Callable[[Path, Report], None]
 """Fills an empty root directory; raises ImageError or OSError.

@@ -13,6 +13,7 @@ from lxc_pool.errors import ImageError
 from lxc_pool.images import program, tree
 from lxc_pool.images.builders import Report
 from lxc_pool.images.unpack import Attributes, Unpacker
+from lxc_pool.progress import Milestone
 
 PACKAGES = ("systemd-sysv", "dbus", "iproute2", "procps", "netbase", "ca-certificates", "libnss-myhostname")
 """Beside Debian's required ones: an init and its bus; ip, ps; names for localhost, protocols and the container."""
@@ -49,6 +50,16 @@ _APT_TIMEOUT = 60.0
 
 _NOISE = re.compile(r"-hook in shell|received signal|finding correct|is equal to the host's|success in")
 """What mmdebstrap says that is no step of the build."""
+
+_STEPS = {
+    "running apt-get update": 0.0,
+    "downloading packages": 0.06,
+    "extracting archives": 0.1,
+    "installing essential packages": 0.24,
+    "installing remaining packages": 0.64,
+    "cleaning": 0.96,
+}
+"""How much is done when mmdebstrap 1.3 says that it begins with this; measured."""
 
 _SUITE = re.compile(r"[a-z][a-z0-9._-]*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.:~=/-]*")
@@ -98,7 +109,7 @@ class Recipe:
             self._bootstrap(suite, rootfs, work, report)
         finally:
             tree.remove(work)
-        report("preparing it for containers")
+        report(Milestone("preparing it for containers", 0.97))
         finish(rootfs)
 
     def _bootstrap(self, suite: str, rootfs: Path, work: Path, report: Report) -> None:
@@ -111,7 +122,9 @@ class Recipe:
 
         def heard(line: str) -> None:
             if line.startswith("I: ") and not _NOISE.search(line):
-                report(line[3:].removesuffix("..."))
+                words = line[3:].removesuffix("...")
+                done = next((done for step, done in _STEPS.items() if words.startswith(step)), None)
+                report(words if done is None else Milestone(words, done))
 
         program.run(
             [

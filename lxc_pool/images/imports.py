@@ -13,14 +13,12 @@ from lxc_pool.images import archive, program, tree
 from lxc_pool.images.builders import Builder, Report
 from lxc_pool.images.init import check_bootable
 from lxc_pool.images.unpack import Attributes, Unpacker
+from lxc_pool.progress import Milestone, Milestones
 
 _DOCKER_FIRST = re.compile(
     r"(\./)?([0-9a-f]{64}([/.].*)?|blobs(/.*)?|manifest\.json|repositories|oci-layout|index\.json)"
 )
 """What the first member of an archive of `docker save` is called, and none of a root file system's."""
-
-_PROGRESS = 2000
-"""Files between two lines about the progress."""
 
 
 def builder(source: str) -> Builder:
@@ -112,7 +110,8 @@ class _Copy:
     def run(self) -> None:
         device = self._source.stat().st_dev
         pending = [b""]
-        count = 0
+        everything = sum(len(names) + len(files) for _, names, files in os.walk(self._source))
+        milestones, count = Milestones(), 0
         while pending:
             relative = pending.pop()
             directory = _open_below(self._source, relative)
@@ -124,8 +123,8 @@ class _Copy:
                     if self._one(directory, name, path, status) and status.st_dev == device:
                         pending.append(path)
                     count += 1
-                    if count % _PROGRESS == 0:
-                        self._report(f"copied {count} files")
+                    if milestones.is_due(done := count / max(count, everything)):
+                        self._report(Milestone(f"copied {count} files", done))
             finally:
                 os.close(directory)
         self._unpacker.finish()

@@ -8,15 +8,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from lxc_pool.errors import ImageError
 from lxc_pool.images import debian
-from lxc_pool.images.debian import Recipe
 from lxc_pool.images.store import ImageStore
+from tests.support.real_service import ROOT
 
 PACKAGES = ("cron", "nginx-light", "openssh-server")
 """Services for tests to start."""
@@ -24,7 +24,7 @@ PACKAGES = ("cron", "nginx-light", "openssh-server")
 CACHE = Path(os.environ.get("LXC_POOL_TEST_IMAGES", "/var/tmp/lxc-pool-test-images"))
 """Root's alone, as every image directory is. Those of other days and recipes go when a new one is built."""
 
-_UNREACHABLE = re.compile(r"Failed to fetch|Temporary failure|Could not (connect|resolve)|Unable to connect|not signed")
+UNREACHABLE = re.compile(r"Failed to fetch|Temporary failure|Could not (connect|resolve)|Unable to connect|not signed")
 """What apt says when a mirror is not there, or something else answers in its place."""
 
 
@@ -40,24 +40,33 @@ def lend_images(images: Path) -> None:
         pytest.skip(f"{CACHE} is another user's")
     # How it is made is part of what it is.
     made_by = hashlib.sha256(Path(debian.__file__).read_bytes()).hexdigest()[:8]
-    directory = CACHE / "-".join([debian.host_suite() or "stable", *PACKAGES, time.strftime("%Y%m%d"), made_by])
+    state = CACHE / "-".join([debian.host_suite() or "stable", *PACKAGES, time.strftime("%Y%m%d"), made_by])
+    directory = state / "images"
     with open(CACHE / ".lock", "w", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first builds it; the others wait, and find it
         if ImageStore(directory).newest("debian") is None:
-            _build(directory)
+            _build(state)
         if subprocess.run(["cp", "-al", directory, images], capture_output=True, check=False).returncode:
             shutil.rmtree(images, ignore_errors=True)
             subprocess.run(["cp", "-a", directory, images], check=True)
 
 
-def _build(directory: Path) -> None:
+def _build(state: Path) -> None:
+    """Build it as it is typed."""
     for old in CACHE.iterdir():
         if old.is_dir():
             shutil.rmtree(old)
-    lines: list[str] = []
-    try:
-        ImageStore(directory).build("debian", lines.append, Recipe(include=PACKAGES).build)
-    except ImageError as error:
-        if _UNREACHABLE.search(str(error)):
-            pytest.skip(f"no mirror could be reached to build the Debian image from: {error}")
-        pytest.fail(f"the Debian image could not be built: {error}; {lines}")
+    suite = ["--suite", name] if (name := debian.host_suite()) else []
+    command = [sys.executable, "-m", "lxc_pool", "image", "build", "debian", "--state-dir", str(state), *suite]
+    build = subprocess.run(
+        [*command, "--include", *PACKAGES],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if build.returncode:
+        if UNREACHABLE.search(build.stderr):
+            pytest.skip(f"no mirror could be reached to build the Debian image from: {build.stderr}")
+        pytest.fail(f"the Debian image could not be built: {build.stderr}")

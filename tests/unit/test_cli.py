@@ -40,6 +40,7 @@ from lxc_pool.host import requirements
 from lxc_pool.host.requirements import Requirement
 from lxc_pool.images import store
 from lxc_pool.model import State
+from lxc_pool.progress import Milestone
 from lxc_pool.service import daemon
 from tests.support.memory_service import SOON, MemoryService, memory_service
 from tests.support.processes import as_nobody, sleeper
@@ -528,6 +529,30 @@ def test_progress_is_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     quiet.show("x")
     quiet.end()
     assert terminal.getvalue().endswith("2 of 2     \n")
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "shown"),
+    [
+        (
+            True,
+            f"\r[{'':24}]   0% one\r[{'#' * 12:24}]  50% two and what ha\r[{'#' * 24}] 100% three{'':10}\n",
+        ),
+        (False, "one\ntwo and what has no room\nthree\n"),
+    ],
+)
+def test_a_step_has_a_bar_on_a_terminal_and_none_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, shown: str, *, is_terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "48")
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress()
+    for step in (Milestone("one", -1.0), Milestone("two and what has no room", 0.5), Milestone("three", 1.7)):
+        progress.show(step)
+    progress.end()
+    assert stream.getvalue() == shown
 
 
 def test_waiting_can_be_interrupted(service: MemoryService, lxc_pool: Terminal) -> None:
