@@ -151,19 +151,28 @@ class LxcBackend:
                 raise ImageError(f"base image {blueprint.image.ref} is gone: {error}") from error
             raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
         init = self._await_init(blueprint, directory)
+        try:
+            self._confine(blueprint)
+        except StartFailed:
+            self._require_running(blueprint, directory, init)  # or that is why
+            raise
+        self._require_running(blueprint, directory, init)
+        if command := blueprint.profile.probe or blueprint.image.probe:
+            self._probe(blueprint, command)
+        return init
+
+    def _confine(self, blueprint: Blueprint) -> None:
+        """Check that the limits of a container that is up are in force, and close what liblxc leaves open."""
         if blueprint.endpoint is not None and blueprint.endpoint.isolated:
             _isolate(blueprint, blueprint.endpoint)
         trees = self._cgroup_trees or cgroups.hierarchies()
         directories = cgroups.payload_cgroups(blueprint.name, trees)
-        if wrong := limits.problems(blueprint.profile, directories):
-            raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
         try:
+            if wrong := limits.problems(blueprint.profile, directories):
+                raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
             limits.seal(blueprint.profile, directories, trees)
         except OSError as error:
             raise StartFailed(f"{blueprint.name} is up, but its cgroups could not be closed to it: {error}") from error
-        if command := blueprint.profile.probe or blueprint.image.probe:
-            self._probe(blueprint, command)
-        return init
 
     def _clone(self, blueprint: Blueprint, directory: Path) -> int | None:
         """Make the container's directory; return the first of its ids, None if it is privileged."""
@@ -210,18 +219,32 @@ class LxcBackend:
     def _await_init(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
         """Return the container's init once it runs its own program: the cheapest sign that it really runs."""
         try:
-            pid = binding.container(blueprint.name, self.lxcpath).init_pid
-            init = identify(pid)
-            while not has_executed(init):
-                if time.monotonic() > blueprint.deadline:
-                    raise StartFailed(
-                        f"{blueprint.name} did not execute its init in time: {words(directory, 'no reason known')}"
-                    )
-                time.sleep(_EXEC_PAUSE)  # there is no event for an exec; see _EXEC_PAUSE
+            init = identify(binding.container(blueprint.name, self.lxcpath).init_pid)
         except ProcessLookupError as error:
-            self._await_end(blueprint)
-            raise StartFailed(f"{blueprint.name} stopped at once: {words(directory, 'its init ended')}") from error
+            raise self._stopped(blueprint, directory) from error
+        while not self._require_running(blueprint, directory, init):
+            if time.monotonic() > blueprint.deadline:
+                raise StartFailed(
+                    f"{blueprint.name} did not execute its init in time: {words(directory, 'no reason known')}"
+                )
+            time.sleep(_EXEC_PAUSE)  # there is no event for an exec; see _EXEC_PAUSE
         return init
+
+    def _require_running(self, blueprint: Blueprint, directory: Path, init: ProcessIdentity) -> bool:
+        """Return whether a container's init has executed its own program yet.
+
+        Raises:
+            StartFailed: It has ended.
+        """
+        try:
+            return has_executed(init)
+        except ProcessLookupError as error:
+            raise self._stopped(blueprint, directory) from error
+
+    def _stopped(self, blueprint: Blueprint, directory: Path) -> StartFailed:
+        """Return the error for a container whose init has ended, once all is said about it."""
+        self._await_end(blueprint)
+        return StartFailed(f"{blueprint.name} stopped at once: {words(directory, 'its init ended')}")
 
     def _await_end(self, blueprint: Blueprint) -> None:
         """Wait until the monitor of a container whose init has ended is done: it writes down the console's rest."""
