@@ -306,6 +306,10 @@ class Process:
         if isinstance(event, Started):
             self.pid = event.pid
             self.terminal = self._control.take_terminal()
+            if request.terminal is not None and self.terminal is None:
+                raise ExecFailed(
+                    "the command's terminal did not arrive: this process can have no more descriptors open"
+                )
             return
         if event.stage == "user":
             raise ValueError(f"user={request.user!r}: {event.text}")

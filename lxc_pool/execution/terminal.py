@@ -68,8 +68,7 @@ def check_master(fd: int) -> None:
     try:
         status = os.fstat(fd)
         if stat.S_ISCHR(status.st_mode) and status.st_rdev == _MASTER_DEVICE:
-            # only a master answers; a file that a user serves (FUSE) does not get this far: it has no device's mode
-            fcntl.ioctl(fd, _TIOCGPTN, bytes(4))
+            fcntl.ioctl(fd, _TIOCGPTN, bytes(4))  # a master alone has an answer
             return
     except OSError:
         pass

@@ -13,7 +13,8 @@ from lxc_pool import Container, PoolServiceProxy
 from lxc_pool.images import imports
 from lxc_pool.images.store import ImageStore
 from tests.support import debian, real_service
-from tests.support.real_service import Service
+from tests.support.real_service import ROOT, Service
+from tests.support.typist import typist
 from tests.support.waiting import eventually
 
 # Seconds: the first one builds the image, which takes 20 on an idle machine.
@@ -205,3 +206,25 @@ def test_a_degraded_system_counts_as_booted(debian_images: Path, tmp_path: Path)
             sh(container, "systemctl start nginx")
     finally:
         service.close()
+
+
+def test_bash_at_a_terminal_has_job_control(container: Container, debian_service: Service) -> None:
+    with typist(debian_service.command("exec", container.name, "--", "bash", "--norc"), ROOT) as somebody:
+        somebody.sees(b"bash-[0-9.]+# ")
+        somebody.type(b"tty; stty size; echo $TERM\n")
+        somebody.sees(rb"/dev/pts/\d+\r\n24 80\r\nvt220\r\n")
+        somebody.type(b"sh -c 'while read x; do echo got $x; done'\n")
+        for word in (b"first", b"second"):
+            somebody.type(word + b"\n")
+            somebody.sees(b"got " + word + b"\r\n")
+            somebody.type(b"\x1a")
+            somebody.sees(b"Stopped")
+            somebody.type(b"fg\n")
+        somebody.type(b"third\n")
+        somebody.sees(b"got third\r\n")
+        somebody.type(b"\x03")
+        somebody.sees(b"bash-[0-9.]+# ")
+        somebody.type(b"exit 3\n")
+        assert somebody.ends() == 3
+        assert b"no job control" not in somebody.shown
+        assert somebody.is_as_before

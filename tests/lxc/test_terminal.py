@@ -396,6 +396,16 @@ def test_a_killed_client_takes_its_command_along(container: Container, at_termin
         eventually(lambda: inside(container) == ([], ["0"]), "command and terminal are gone")
 
 
+def test_a_released_container_ends_the_command_and_leaves_the_terminal_as_it_was(
+    victim: Container, at_terminal: AtTerminal
+) -> None:
+    with at_terminal("exec", victim.name, "--", "cat") as somebody:
+        eventually(lambda: somebody.is_raw, "it has begun", timeout=30)
+        victim.release()
+        assert somebody.ends() == 128 + signal.SIGKILL
+        assert somebody.is_as_before
+
+
 def test_a_killed_supervisor_is_an_error_that_leaves_the_terminal_as_it_was(
     container: Container, at_terminal: AtTerminal
 ) -> None:

@@ -18,6 +18,7 @@ from lxc_pool.cli import terminal as cli_terminal
 from lxc_pool.client.control import Control
 from lxc_pool.client.process import Process
 from lxc_pool.client.stdio import Streams
+from lxc_pool.errors import ExecFailed
 from lxc_pool.execution import packets, terminal
 from lxc_pool.execution.cgroups import CommandCgroup
 from lxc_pool.execution.command import Command, Loop
@@ -156,6 +157,15 @@ def test_what_is_no_master_goes_to_nobody_and_ends_the_command(pty: tuple[int, i
 def test_a_master_that_nobody_asked_for_goes_to_nobody(pty: tuple[int, int], tmp_path: Path) -> None:
     (started, _), descriptor = hear(False, [(OPENED, pty[0])], tmp_path)
     assert (type(started), descriptor) == (Started, -1)
+
+
+def test_a_terminal_that_does_not_arrive_is_an_error() -> None:
+    def launch(_request: ExecRequest, descriptors: tuple[int, int, int, int]) -> None:
+        with socket.socket(fileno=os.dup(descriptors[3])) as supervisor:
+            supervisor.send(Started(os.getpid()).encode())
+
+    with pytest.raises(ExecFailed, match="did not arrive"):
+        Process.start(launch, ["x"], tty=True)
 
 
 # --- the relay --------------------------------------------------------------------------------------------------------
