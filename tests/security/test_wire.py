@@ -223,6 +223,7 @@ def every_call() -> dict[str, list[object]]:
         "execute": ["x", b""],
         "console_log": ["x"],
         "mount": ["x", b"/x", True],
+        "await_network": ["x", 0.0],
         "resize": [1],
         "drain": [],
         "resume": [],
