@@ -157,6 +157,7 @@ def test_a_link_that_leads_out_of_the_tree_is_not_followed(system: Path, tmp_pat
     assert not list(outside.iterdir())
 
 
+@needs_root
 def test_a_group_that_can_not_be_made_is_an_error(
     system: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
