@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import time
 from collections.abc import Iterator
@@ -181,6 +182,48 @@ def test_a_probe_of_the_profile_comes_before_the_images(debian_images: Path) -> 
             lambda: "echo never" in (pool.status().last_error or ""), "the profile's probe has failed", timeout=30
         )
         pool.wait_ready(1, timeout=60)
+    finally:
+        service.close()
+
+
+def tells(pool: PoolServiceProxy, profile: str, words: str) -> bool:
+    """Return whether that is why a profile is not ready."""
+    return words in str(pool.status().profiles[profile].last_error)
+
+
+def test_a_profiles_probe_waits_for_the_system_or_for_a_service_and_no_longer_than_it_may(debian_images: Path) -> None:
+    service = Service(debian_images)
+    config = """
+    [pool]
+    workers = 2
+    create_timeout = 60
+    [profile.default]
+    image = "debian"
+    size = 1
+    probe = ["systemctl", "is-system-running", "--wait"]
+    probe_timeout = 60
+    [profile.web]
+    image = "debian"
+    probe = ["sh", "-c", "systemctl start nginx && systemctl is-active $UNIT"]
+    env = { UNIT = "nginx" }
+    [profile.never]
+    image = "debian"
+    probe = ["systemctl", "is-active", "--wait", "no-such.service"]
+    probe_timeout = 3
+    [profile.hangs]
+    image = "debian"
+    probe = ["sh", "-c", "systemctl is-system-running --wait; systemd-run --quiet --wait sleep 1000"]
+    probe_timeout = 8
+    """
+    try:
+        pool = service.start(config=config)
+        with pool.lease("x", timeout=100) as container:
+            assert sh(container, "systemctl is-system-running") == "running\n"
+        with pool.lease("x", timeout=100, profile="web") as container:
+            assert sh(container, "systemctl is-active nginx") == "active\n"
+        for profile, words in (("never", "still ends with"), ("hangs", "has not ended in time: running")):
+            eventually(functools.partial(tells, pool, profile, words), words, timeout=100)
+        assert "a lane hangs" not in service.log
     finally:
         service.close()
 

@@ -28,12 +28,13 @@ PROFILES = ("default", "other", "third")
 SHAPES = (
     (ProfileConfig("default", 3),),
     (ProfileConfig("default", 2, min=1, max=4), ProfileConfig("other", 0, max=3), ProfileConfig("third", 1, min=0)),
-    (ProfileConfig("default", 2, min=1, max=4, pids=7), ProfileConfig("other", 2), ProfileConfig("third", 1, min=0)),
+    (ProfileConfig("default", 2, min=1, max=4, pids=7), ProfileConfig("other", 1), ProfileConfig("third", 1, min=0)),
     (ProfileConfig("other", 1, min=0, max=2), ProfileConfig("default", 1, min=0, max=2)),
+    (ProfileConfig("default", 4, min=3, max=4), ProfileConfig("other", 0, max=2)),
 )
 """Of configurations: with and without bounds, with other containers of a profile, with profiles that come and go."""
 
-LIMITS = (None, 5)
+LIMITS = (None, 4)
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,7 +56,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(configuration(1, 5))
+        self.world = World(configuration(1, 4))
         self.moved_bounds = False
         self.tickets: list[Ticket] = []
         self.leases: list[Holder] = []
@@ -75,6 +76,7 @@ class PoolMachine(RuleBasedStateMachine):
     def ask(self, uid: int, profile: str, ttl: float | None, clients: int) -> None:
         for _ in range(clients):
             try:
+                newer = self.has_current(profile)
                 ticket = self.world.ask("job", uid=uid, profile=profile, pid=next(self.pids), ttl=ttl, session=object())
             except (PoolDraining, PoolClosed):
                 return
@@ -83,6 +85,10 @@ class PoolMachine(RuleBasedStateMachine):
                 return
             self.tickets.append(ticket)
             self.order.append(ticket)
+            if newer:
+                assert ticket.offer is not None
+                shelf = self.world.pool._stock.shelves[profile]
+                assert shelf.is_current(ticket.offer), "an outdated one is offered beside one that is not"
 
     @rule(data=st.data())
     @precondition(lambda self: any(ticket.offer for ticket in self.tickets))
@@ -299,9 +305,7 @@ class PoolMachine(RuleBasedStateMachine):
         world.journal.broken = False
         world.backend._faults.clear()
         world.pool.resume()
-        for ticket in self.tickets:
-            world.pool.withdraw(ticket)
-            world.pool.abandon(ticket.uid, ticket.request)
+        self.everybody_is_served()
         for info in world.pool.containers(None):
             if info.state is State.LEASED:
                 world.pool.release(info.name, None)
@@ -326,6 +330,23 @@ class PoolMachine(RuleBasedStateMachine):
             name: profile.min for name, profile in self.profiles().items()
         }, "nobody asks, and more than min are kept"
 
+    def everybody_is_served(self) -> None:
+        """Let clients confirm what they are offered, and release it."""
+        waiting = [ticket for ticket in self.tickets if ticket.error is None]
+        for _ in range(len(waiting) + 1):
+            self.world.advance(10)
+            for ticket in [ticket for ticket in waiting if ticket.offer]:
+                waiting.remove(ticket)
+                self.world.pool.confirm(ticket.uid, ticket.request)
+                self.world.pool.abandon(ticket.uid, ticket.request)
+            waiting = [ticket for ticket in waiting if ticket.error is None]
+        assert not waiting, "somebody waits for ever"
+
+    def has_current(self, profile: str) -> bool:
+        """Return whether a container of that profile is warm that would be made so now."""
+        shelf = self.world.pool._stock.shelves.get(profile)
+        return shelf is not None and shelf.has_warm and self.profiles()[profile].size > shelf.outdated
+
     def profiles(self) -> dict[str, ProfileStatus]:
         return self.world.pool.census().profiles
 
@@ -341,5 +362,5 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

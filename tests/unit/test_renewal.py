@@ -166,6 +166,7 @@ def test_a_new_profile_begins_and_one_that_is_gone_drains() -> None:
     for ticket in waiting[:1]:  # one had an offer
         assert world.pool.confirm(ticket.uid, ticket.request)
         world.pool.abandon(ticket.uid, ticket.request)
+    assert (profiles["old"].min, profiles["old"].max) == (0, 0)
     world.pool.release(leased, 1000)
     world.settle()
     assert list(world.pool.census().profiles) == ["default", "new"]

@@ -103,6 +103,12 @@ def test_what_nobody_needs_is_given_up_half_by_half_down_to_min() -> None:
     assert not world.watch.timers  # an idle pool of its least size waits for nothing
 
 
+def test_no_more_is_given_up_than_min_allows() -> None:
+    world = world_of(elastic(size=5, least=4, most=9))
+    world.advance(3 * IDLE)
+    assert warm(world) == {"default": 4}
+
+
 def test_what_was_needed_once_in_a_while_stays_for_that_while() -> None:
     world = world_of(elastic(size=4, least=1))
     world.advance(IDLE / 2)

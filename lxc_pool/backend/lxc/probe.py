@@ -16,6 +16,9 @@ from collections.abc import Sequence
 _PAUSE = 0.05
 """Seconds between two tries. A guess: short beside the second that services take to come up."""
 
+_BRIEF = 1.0
+"""Seconds; a try that is cut short after less says less than the one before it. A guess: probes are quick."""
+
 _TAIL = 512
 """Bytes of the end of what it says that are kept. A guess: more than anybody reads."""
 
@@ -30,19 +33,21 @@ def run_until_success(argv: Sequence[str], deadline: float) -> str | None:
         deadline: Monotonic time by which it has to have succeeded; one that runs longer is killed.
 
     Returns:
-        None once it has succeeded; else how the last try that did not take too long ended, with the end of what it
+        None once it has succeeded; else how the last try ended that had a fair chance to, with the end of what it
         said, in words.
     """
     failure = ""
     while True:
+        began = time.monotonic()
         status, said = _run(argv, deadline)
         if status == 0:
             return None
-        said = said or "it says nothing"
         if status is not None:
-            failure = f"still ends with {status}: {said}"
+            failure = f"still ends with {status}: {said or 'it says nothing'}"
+        elif not failure or time.monotonic() - began > _BRIEF:
+            failure = f"has not ended in time: {said or 'it says nothing'}"
         if status is None or time.monotonic() + _PAUSE > deadline:
-            return failure or f"has not ended in time: {said}"
+            return failure
         time.sleep(_PAUSE)  # readiness of a foreign program has no event; see _PAUSE
 
 
