@@ -76,6 +76,7 @@ class Policy:
             )
             for profile in config.profiles
         }
+        self._config = config
         self._privileged = {profile.name for profile in config.profiles if profile.privileged}
 
     @property
@@ -127,11 +128,13 @@ class Policy:
         """Refuse whoever may not have containers of a profile.
 
         Raises:
+            ValueError: There is none of that name.
             AccessDenied: The message says why.
         """
+        self._config.profile(profile)
         if peer.is_admin:
             return
-        allowed = self._allowed.get(profile)
+        allowed = self._allowed[profile]
         if allowed is None:
             if profile in self._privileged:
                 raise AccessDenied(

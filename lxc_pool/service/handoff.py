@@ -100,11 +100,13 @@ class Handoff:
         if self._stock.closed or self._stock.draining:
             self._reaper.reap(member, Reason.CLOSED if self._stock.closed else Reason.DRAINED)
             return
+        if shelf.bars(member):
+            self._reaper.reap(member, Reason.IMAGE_REPLACED)
+            return
         replaced: Member | None = None
         if shelf.stock > shelf.capacity and not shelf.waiters:
-            current = shelf.is_current(member)
-            if not current or not shelf.outdated:
-                self._reaper.reap(member, Reason.SURPLUS if current else Reason.IMAGE_REPLACED)
+            if not shelf.outdated:
+                self._reaper.reap(member, Reason.SURPLUS if shelf.is_current(member) else Reason.IMAGE_REPLACED)
                 return
             replaced = shelf.spare()
         came_back = member.state is State.RESERVED

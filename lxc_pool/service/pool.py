@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from lxc_pool.config import Config, ProfileConfig
-from lxc_pool.errors import BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
+from lxc_pool.errors import AccessDenied, BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, State
 from lxc_pool.service.addresses import AddressBook
@@ -160,10 +160,18 @@ class Pool:
                 f"({shelf.describe(self._watch.now())}; place {place} of {queue} in the queue)"
             )
 
-    def confirm(self, uid: int, request: str) -> ContainerInfo | None:
+    def confirm(
+        self, uid: int, request: str, check: Callable[[str], None] = lambda _profile: None
+    ) -> ContainerInfo | None:
         """Turn a reservation into a lease; None if there is none (any more). Confirming twice is as good as once.
 
         The caller has to call `refill` afterwards, when the client has its answer: it would compete with that.
+
+        Args:
+            uid: The user.
+            request: The client's name for the wish.
+            check: Called, with the lock held, with the profile; what it raises is raised, and the container goes back.
+                The configuration may have changed since the user asked.
 
         Raises:
             BackendError: The ledger could not be written; the container goes back.
@@ -179,8 +187,9 @@ class Pool:
                 if member.lease.ttl is not None:
                     member.lease.expires = self._watch.now() + member.lease.ttl
                 try:
+                    check(member.profile)
                     self._stock.move(member, State.LEASED)
-                except BackendError:
+                except (BackendError, AccessDenied, ValueError):
                     self._handoff.take_back(member)
                     raise
                 member.session = None

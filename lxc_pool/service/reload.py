@@ -47,7 +47,7 @@ def reload(load: Callable[[], Config], began: Config, pool: Pool, service: PoolS
         service.configuration_notice = f"the new configuration is refused, the one before stays: {error}"
         log.error("%s", service.configuration_notice)  # noqa: TRY400  # not our failure: the words say it all
         return
-    service.reconfigure(config, policy)
+    service.reconfigure(config, policy)  # first: nobody is to have what the new one makes by what the old one allows
     pool.reconfigure(config)
     service.configuration_notice = None
     log.info("the configuration has been read again, and is in force")

@@ -1,7 +1,8 @@
 """What a new configuration, or a new version of an image, means for the containers that there are.
 
 Leases go on. Warm containers that are not what would be made now are outdated: they stay until their replacements have
-come up, a few at a time, so that there is always one to be had. Those of a profile that is no more are reaped.
+come up, a few at a time, so that there is always one to be had. Reaped at once are those of a profile that is no more,
+and those that were made for other people than may have them now.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Renewal:
         """Let the profiles be those of *config*."""
         before = {name: shelf.profile for name, shelf in self._stock.shelves.items() if not shelf.retired}
         self._stock.arrange(config.profiles)
+        for profile in config.profiles:
+            if profile.name not in before:
+                log.info("profile %r is new", profile.name)
+            self._change(self._stock.shelves[profile.name], profile)
         for shelf in list(self._stock.shelves.values()):
             if shelf.retired:
                 self._retire(shelf)
-            elif (old := before.get(shelf.profile.name)) is not None:
-                self._change(shelf, old)
-            else:
-                log.info("profile %r is new", shelf.profile.name)
         self._sizing.reconfigure(config, before)
         self._stock.forget_retired()
         self.look_for_images()
@@ -58,14 +59,10 @@ class Renewal:
         log.info("image %s is ready for profile %r", image.ref, shelf.profile.name)
         self._sort_out(shelf)
 
-    def _change(self, shelf: Shelf, old: ProfileConfig) -> None:
-        if shelf.profile.image != old.image:
-            shelf.image = None
-        if shelf.profile.recipe != old.recipe:
-            # What was wrong may have been the old profile's fault.
-            shelf.backoff.succeed()
-            shelf.last_error = None
-        shelf.recipe = shelf.profile.recipe
+    def _change(self, shelf: Shelf, profile: ProfileConfig) -> None:
+        shelf.change(profile)
+        for member in shelf.barred():
+            self._reaper.reap(member, Reason.IMAGE_REPLACED)
         self._sort_out(shelf)
 
     def _sort_out(self, shelf: Shelf) -> None:

@@ -111,7 +111,9 @@ class PoolService:
             case messages.Get():
                 return self._get(caller, call)
             case messages.Confirm(request):
-                info = self._pool.confirm(caller.peer.uid, request)
+                info = self._pool.confirm(
+                    caller.peer.uid, request, lambda profile: self.policy.require_profile(caller.peer, profile)
+                )
                 caller.after_answer(functools.partial(self._after_confirmation, caller.peer, info))
                 return info
             case messages.Abandon(request):
@@ -163,7 +165,7 @@ class PoolService:
     def _administer(self, peer: Peer, call: messages.AdminCall) -> None:
         """Do what only an administrator may ask."""
         if not peer.is_admin:
-            what = type(call).__name__.lower()
+            what = str(type(call).__struct_config__.tag)
             raise AccessDenied(f"only an administrator (root) may ask for {what}; you are uid {peer.uid}")
         match call:
             case messages.Resize(size):

@@ -49,6 +49,7 @@ class Shelf:
         self.least, self.most = profile.bounds
         self._warm: deque[Member] = deque()
         self._outdated: deque[Member] = deque()
+        self._allowed = {self.recipe}
         self.waiters = WaitQueue()
         self.counts: Counter[State] = Counter()
         self.backoff = Backoff(rng)
@@ -103,6 +104,32 @@ class Shelf:
     def is_current(self, member: Member) -> bool:
         """Whether a container is what would be made now."""
         return member.recipe == self.recipe and (self.image is None or member.image == self.image.ref)
+
+    def bars(self, member: Member) -> bool:
+        """Whether a container must not be handed out: it was made for others than may have the profile now."""
+        return member.recipe not in self._allowed
+
+    def barred(self) -> list[Member]:
+        """Return the warm containers that must not be handed out."""
+        return [member for member in [*self._outdated, *self._warm] if self.bars(member)]
+
+    def change(self, profile: ProfileConfig) -> None:
+        """Let new ones be made as *profile* wants it.
+
+        Old ones are barred if they are other containers and were for other people: one for administrators, say, whose
+        root is the host's, of a profile that is now for everybody.
+        """
+        old, recipe = self.profile, self.recipe
+        self.profile, self.recipe = profile, profile.recipe
+        if (old.privileged, old.allow) != (profile.privileged, profile.allow):
+            self._allowed.clear()
+        self._allowed.add(self.recipe)
+        if profile.image != old.image:
+            self.image = None
+        if recipe != self.recipe:
+            # What was wrong may have been the old profile's fault.
+            self.backoff.succeed()
+            self.last_error = None
 
     def sort_out(self) -> int:
         """Find out which of the warm ones are outdated, after the profile or the image has changed; return how many."""

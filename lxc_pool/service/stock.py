@@ -51,15 +51,14 @@ class Stock:
         return self.shelves[member.profile]
 
     def arrange(self, profiles: Sequence[ProfileConfig]) -> None:
-        """Have a shelf for each of *profiles*, in their order; those of others are retired."""
-        shelves = {}
-        for profile in profiles:
-            shelf = self.shelves.pop(profile.name, None) or Shelf(profile, self._rng)
-            shelf.profile, shelf.retired = profile, False
-            shelves[profile.name] = shelf
+        """Have a shelf for each of *profiles*, in their order, though not changed yet; those of others are retired."""
+        shelves = {profile.name: self.shelves.get(profile.name) or Shelf(profile, self._rng) for profile in profiles}
+        for shelf in shelves.values():
+            shelf.retired = False
         for name, shelf in self.shelves.items():
-            shelf.retired = True
-            shelves[name] = shelf
+            if name not in shelves:
+                shelf.retired = True
+                shelves[name] = shelf
         self.shelves = shelves
 
     def add_retired(self, profile: ProfileConfig) -> None:

@@ -67,6 +67,22 @@ def test_whoever_may_no_more_is_refused_from_the_next_call_on_and_an_offer_goes_
         assert say(channel, messages.Echo("x")) == "x"
 
 
+def test_whoever_waits_for_a_profile_that_it_may_have_no_more_does_not_get_it(
+    service: MemoryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = Stranger(monkeypatch)
+    monkeypatch.setattr(Policy, "require_user", lambda *_: None)
+    stranger.admin = False
+    change(service, max_leases=10)
+    with contextlib.closing(service.channel()) as channel:
+        assert say(channel, messages.Echo("x"))
+        assert isinstance(say(channel, messages.Get("r", "x", 5.0, "default", None, None)), messages.Offer)
+        change(service, profiles=(ProfileConfig("default", 2, privileged=True),))
+        with pytest.raises(AccessDenied, match="privileged"):
+            say(channel, messages.Confirm("r"))
+        service.reaches(reserved=0, leased=0, size=2)
+
+
 def test_a_quota_holds_for_those_who_are_connected_already(
     service: MemoryService, monkeypatch: pytest.MonkeyPatch
 ) -> None:

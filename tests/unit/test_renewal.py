@@ -185,6 +185,68 @@ def test_a_profile_that_comes_back_before_its_leases_end_goes_on() -> None:
     assert world.pool.census().profiles["other"].size == 2
 
 
+def test_a_profile_that_comes_back_as_another_makes_containers_of_that() -> None:
+    world = warm_world(ProfileConfig("default", 1), ProfileConfig("other", 1))
+    world.lease(profile="other")
+    world.backend.publish("debian")
+    change(world, ProfileConfig("default", 1))
+    new = ProfileConfig("other", 1, image="debian", pids=7)
+    change(world, ProfileConfig("default", 1), new)
+    world.settle()
+    profile = world.pool.census().profiles["other"]
+    assert (profile.size, profile.outdated, profile.image) == (1, 0, "debian:1")
+    assert world.journal.entries[world.lease(profile="other").name].recipe == new.recipe
+
+
+# --- who may have what ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_made_for_administrators_is_never_handed_out_once_everybody_may_have_the_profile() -> None:
+    root = ProfileConfig("default", 2, privileged=True)
+    world = warm_world(root)
+    offered = world.ask(session="administrator's")
+    assert offered.offer is not None
+    old = {info.name for info in world.pool.containers(None)}
+    change(world, ProfileConfig("default", 2))
+    assert world.count(State.WARM) == 0
+    world.pool.take_back(1000, offered.request, "administrator's")
+    assert world.ask().offer is None
+    world.settle()
+    assert not old & world.backend.present
+    assert world.count(State.WARM) + world.count(State.RESERVED) == 2
+
+
+def test_what_is_still_handed_out_while_it_is_replaced_is_not_once_others_may_have_the_profile() -> None:
+    world = warm_world(ProfileConfig("default", 1, pids=5, allow=("ci",)))
+    world.backend.script("start", *[Fault(error=StartFailed("no"))] * 3)
+    change(world, ProfileConfig("default", 1, pids=7, allow=("ci",)))
+    world.settle()
+    assert world.count(State.WARM) == 1
+    change(world, ProfileConfig("default", 1, pids=7))
+    assert world.count(State.WARM) == 0
+    world.advance(10)
+    assert world.names(State.WARM) != ["c1"]
+
+
+def test_one_that_was_being_built_for_other_people_is_not_handed_out() -> None:
+    world = World(Config((ProfileConfig("default", 1, privileged=True),), 1))
+    world.backend.script("start", Fault(delay=1.0))
+    world.settle()
+    change(world, ProfileConfig("default", 1))
+    ticket = world.ask()
+    world.advance(5)
+    assert ticket.offer is not None
+    assert ticket.offer.name == "c2"
+
+
+def test_whom_a_profile_is_for_replaces_nothing_by_itself() -> None:
+    world = warm_world(ProfileConfig("default", 2, allow=("ci",)))
+    before = world.names(State.WARM)
+    change(world, ProfileConfig("default", 2))
+    world.settle()
+    assert world.names(State.WARM) == before
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
