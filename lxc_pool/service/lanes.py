@@ -72,6 +72,10 @@ Outcome = Image | ProcessIdentity | None | LxcPoolError
 """What a job came to: what the backend returned, or the error it raised."""
 
 
+_KILL_TIMEOUT = 5.0
+"""Seconds that a killed worker has to end, when its lane is closed. A guess: it takes a millisecond."""
+
+
 class LaneBroken(BackendError):
     """The lane's worker died in the middle of the job; the lane has to be replaced."""
 
@@ -140,7 +144,8 @@ class ProcessLane:
         with self._lock:
             if self._closed or self._executor is None:
                 return
-            self._kill(self._executor)
+            self._kill()
+            self._executor.shutdown(wait=False, cancel_futures=True)
             self.open()
 
     def close(self) -> None:
@@ -151,14 +156,19 @@ class ProcessLane:
         if executor is None:
             return
         if self._job is not None and not self._job.done():
-            self._kill(executor)  # whoever is told now that the lane broke must not open it again
+            self._kill()  # whoever is told now that the lane broke must not open it again
+            # Its thread has to let go of its semaphores: after `stop_fork_server` nobody would count those. A worker
+            # that hangs in the kernel does not end.
+            end = functools.partial(executor.shutdown, cancel_futures=True)
+            rest = threading.Thread(target=end, name="lane-end", daemon=True)
+            rest.start()
+            rest.join(_KILL_TIMEOUT)
         else:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _kill(self, executor: ProcessPoolExecutor) -> None:
+    def _kill(self) -> None:
         if self._pid is not None:
             self._pid.add_done_callback(_kill_worker)  # at once, or as soon as it is known
-        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _start_fork_server() -> None:

@@ -207,6 +207,8 @@ def test_closing_a_busy_lane_kills_its_worker_with_all_its_children(tmp_path: Pa
     lane.open()
     outcomes, pidfds = hang(lane, tmp_path)
     lane.close()
+    # What it leaves would let go of its semaphores when nobody counts them any more.
+    assert "_ExecutorManagerThread" not in [type(thread).__name__ for thread in threading.enumerate()]
     assert [ends(pidfd) for pidfd in pidfds] == [True, True]
     assert isinstance(outcomes.get(timeout=SOON), LaneBroken)
 
