@@ -36,18 +36,22 @@ def default_routes(pid: int) -> set[str]:
         ProcessLookupError: The process has ended.
     """
     try:
-        return parse_routes(Path(f"/proc/{pid}/net/route").read_text(encoding="ascii", errors="replace"))
+        return parse_routes(Path(f"/proc/{pid}/net/route").read_bytes())
     except OSError as error:
         raise ProcessLookupError(f"process {pid} has ended") from error
 
 
-def parse_routes(route: str) -> set[str]:
-    """Return the same from the text of /proc/PID/net/route. Source: Linux net/ipv4/fib_trie.c, fib_route_seq_show."""
+def parse_routes(route: bytes) -> set[str]:
+    """Return the same from what /proc/PID/net/route holds.
+
+    Bytes: a device's name may have any in it but ASCII's spaces, and str takes more for spaces. Source: Linux
+    net/ipv4/fib_trie.c, fib_route_seq_show; net/core/dev.c, dev_valid_name.
+    """
     found = set()
     for line in route.splitlines()[1:]:
         device, destination, _gateway, flags, _references, _use, _metric, mask, *_ = line.split()
         if int(destination, 16) == int(mask, 16) == 0 and int(flags, 16) & (_UP | _REJECT) == _UP:
-            found.add(device)
+            found.add(device.decode("ascii", errors="replace"))
     return found
 
 

@@ -21,9 +21,11 @@ Source: nft(8); Linux net/bridge/br_input.c for which frames pass which hooks.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import json
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -262,9 +264,7 @@ def _pass_other_firewall(network: Network) -> None:
     name = table(network)
     for rule in _foreign_rules(name):
         _run(["iptables", "-w", "-D", *rule])
-    if shutil.which("iptables") is None or not network.nat:
-        return
-    if "-P FORWARD DROP" not in _run(["iptables", "-w", "-S", "FORWARD"]).splitlines():
+    if not network.nat or "-P FORWARD DROP" not in _foreign_chain():
         return
     for match in (
         ["-i", network.bridge, "-s", str(network.subnet)],
@@ -276,14 +276,19 @@ def _pass_other_firewall(network: Network) -> None:
 
 def _foreign_rules(name: str) -> list[list[str]]:
     """Return the rules, as iptables is told to delete them, that are in its FORWARD for a table of ours."""
+    rules = [shlex.split(line) for line in _foreign_chain()]
+    return [rule[1:] for rule in rules if rule[0] == "-A" and ("--comment", name) in itertools.pairwise(rule)]
+
+
+def _foreign_chain() -> list[str]:
+    """Return what iptables says of its FORWARD; nothing where it is not installed, or the kernel does not have it."""
     if shutil.which("iptables") is None:
         return []
-    lines = [line.split() for line in _run(["iptables", "-w", "-S", "FORWARD"]).splitlines()]
-    return [line[1:] for line in lines if line[:1] == ["-A"] and ["--comment", name] in _pairs(line)]
-
-
-def _pairs(words: list[str]) -> list[list[str]]:
-    return [list(pair) for pair in zip(words, [word.strip('"') for word in words[1:]], strict=False)]
+    try:
+        return _run(["iptables", "-w", "-S", "FORWARD"]).splitlines()
+    except BackendError as error:
+        log.debug("no iptables: %s", error)
+        return []
 
 
 def _run(command: list[str], text: str = "") -> str:

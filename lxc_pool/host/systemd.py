@@ -23,6 +23,8 @@ _UNIT = """\
 [Unit]
 Description=Keeps LXC containers started, for tests
 After=local-fs.target network.target
+# They may drop what is forwarded, or flush what is not theirs: the bridge's rules come after.
+After=docker.service firewalld.service nftables.service
 RequiresMountsFor={state_dir}
 
 [Service]

@@ -8,8 +8,9 @@ import time
 from lxc_pool.host import addresses
 from lxc_pool.host.netlink import Observer
 
-_PAUSE = 0.01
-"""Seconds between two looks at least: root of a container may change its network as fast as it likes. A guess."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25
+"""Seconds between two looks at least; twice as long each time. Root of a container may change its network as fast as it
+likes, and have many wait for it. Guesses: what an image does at its start is over after a few changes."""
 
 
 class NetworkWait:
@@ -34,6 +35,7 @@ class NetworkWait:
         self._end = end
         self._pid = pid
         self._looked = 0.0
+        self._pause = _FIRST_PAUSE
         self.observer = Observer(pid)
         self.missing = ""
         self.addresses: tuple[str, ...] = ()
@@ -45,7 +47,9 @@ class NetworkWait:
             ProcessLookupError: The container has ended.
             ValueError: There is nothing to wait for.
         """
-        time.sleep(max(0.0, self._looked + _PAUSE - time.monotonic()))
+        if self._looked:
+            time.sleep(max(0.0, self._looked + self._pause - time.monotonic()))
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self.observer.drain()  # before looking: what changes after it, wakes us again
         poll = select.poll()
         poll.register(self._end, select.POLLIN)
@@ -69,7 +73,7 @@ class NetworkWait:
                 'the container has no network device but loopback: that takes a profile with network = "bridge"'
             )
         if not any(links.values()):
-            return f"none of its network devices is up and connected: {', '.join(sorted(links))}"
+            return f"none of its network devices is up and connected: {', '.join(map(ascii, sorted(links)))}"
         self.addresses = addresses.of_process(self._pid)
         if not self.addresses:
             return "it has no address"

@@ -331,6 +331,9 @@ class Service:
                     for inner, _children, _files in os.walk(directory, topdown=False):
                         with contextlib.suppress(OSError):
                             os.rmdir(inner)
+            for _index, name in socket.if_nameindex():
+                if name.startswith(f"lxp{self.instance}"):
+                    subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(_LOCKS / self.directory.relative_to("/"), ignore_errors=True)
 

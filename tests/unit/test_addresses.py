@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lxc_pool.host.addresses import of_process, parse
+from lxc_pool.host.addresses import default_routes, of_process, parse, parse_routes
 from tests.support.processes import sleeper
 
 TRIE = """\
@@ -84,3 +84,22 @@ def test_a_kernel_without_ipv6_has_the_other_addresses(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "read_text", without_ipv6)
     assert of_process(os.getpid()) == ("10.0.3.17", "192.168.1.2")
+
+
+ROUTES = b"""\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+eth0\t00000000\t0100D50A\t0003\t0\t0\t0\t00000000\t0\t0\t0
+eth0\t0000D50A\t00000000\t0001\t0\t0\t0\t00FCFFFF\t0\t0\t0
+*\t00000000\t00000000\t0200\t0\t0\t0\t00000000\t0\t0\t0
+a\x1cb\t00000000\t0100D50A\t0003\t0\t0\t9\t00000000\t0\t0\t0
+eth1\t00000000\t0100D50A\t0002\t0\t0\t0\t00000000\t0\t0\t0
+"""
+
+
+def test_a_default_route_is_one_to_everywhere_that_is_up_and_refuses_nothing() -> None:
+    assert parse_routes(ROUTES) == {"eth0", "a\x1cb"}
+
+
+def test_an_ended_process_has_no_routes() -> None:
+    with pytest.raises(ProcessLookupError):
+        default_routes(2**30)
