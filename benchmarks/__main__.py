@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.interrupts import Interrupted, Interrupts
-from benchmarks.lab import ROOT, Lab, LabError
+from benchmarks.attempt import attempt, say
+from benchmarks.interrupts import Interrupts
+from benchmarks.lab import ROOT, Lab
 from benchmarks.machine import describe
 from benchmarks.measures import MEASURES
 from benchmarks.plan import FULL, QUICK, Plan
-from benchmarks.programs import ProgramFailed
-from lxc_pool import LxcPoolError
 
 DOCS = ROOT / "docs" / "performance.md"
 
@@ -32,16 +31,9 @@ def main() -> int:
         parser.error("--write-docs is for a full run of everything: not with --quick or --only")
     if os.geteuid() != 0:
         parser.error("containers are made by root: run it as root")
-    interrupts = Interrupts()
-    interrupts.install()
-    try:
-        result = _measure(options, interrupts)
-    except Interrupted as interrupt:
-        _say("ended by a signal; everything has been cleaned up", *_notes(interrupt))
-        return 128 + interrupt.signum
-    except (LabError, ProgramFailed, LxcPoolError, OSError) as error:
-        _say(f"failed: {error}", *_notes(error))
-        return 5
+    result = attempt(lambda interrupts: _measure(options, interrupts))
+    if isinstance(result, int):
+        return result
     print(result.text())
     if options.json:
         options.json.write_text(json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -57,7 +49,7 @@ def _measure(options: argparse.Namespace, interrupts: Interrupts) -> report.Repo
     outcomes = {}
     with Lab(options.directory, interrupts) as lab:
         for name in options.only or MEASURES:
-            _say(f"{name} …")
+            say(f"{name} …")
             outcomes[name] = MEASURES[name](lab, plan)
     return report.Report(
         began=began.isoformat(timespec="seconds"),
@@ -117,15 +109,6 @@ def _positive_seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(text)
     return value
-
-
-def _notes(error: BaseException) -> list[str]:
-    return list(getattr(error, "__notes__", []))
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(f"benchmarks: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,23 @@ _BASE = "busybox"
 
 
 class ColdContainers:
-    """Makes containers by LXC's own programs, from a base container of the very image that the pool clones."""
+    """Makes containers by LXC's own programs, from a base container of the very image that the pool clones.
+
+    Attributes:
+        name: The base container's.
+        lxcpath: Where it is, once it has been prepared.
+    """
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
-        self._lxcpath = Path()
+        self.name = _BASE
+        self.lxcpath = Path()
         self._numbers = itertools.count(1)
 
     def prepare(self, image: Image) -> None:
         """Make the base container, which is never started."""
-        self._lxcpath = self._lab.lxcpath("cold")
-        base = self._lxcpath / _BASE
+        self.lxcpath = self._lab.lxcpath("cold")
+        base = self.lxcpath / _BASE
         base.mkdir()
         settings = {
             "lxc.rootfs.path": f"dir:{image.rootfs}",
@@ -42,7 +48,7 @@ class ColdContainers:
         """Make a container and remove it; return the seconds that the making took, with both programs' own."""
         # It names this process: cgroups of all lxcpaths are side by side.
         name = f"lxpb-{os.getpid()}-{next(self._numbers)}"
-        place = ("-P", str(self._lxcpath))
+        place = ("-P", str(self.lxcpath))
         with self._lab.interrupts.shield(), contextlib.ExitStack() as stack:
             seconds = programs.run("lxc-copy", *place, "-n", _BASE, "-N", name, "-s", "-B", "overlay")
             stack.callback(programs.run, "lxc-destroy", *place, "-n", name, "-f")

@@ -20,7 +20,7 @@ def describe(directory: Path) -> dict[str, str | int | float]:
         "system": platform.freedesktop_os_release().get("PRETTY_NAME", "unknown"),
         # Without the local part, which says who built it.
         "kernel": _leading_version(platform.release()),
-        "liblxc": _output("lxc-start", "--version"),
+        "liblxc": output_of("lxc-start", "--version"),
         "python": platform.python_version(),
         "lxc_pool": _version(),
         "cgroups": _cgroup_layout(),
@@ -47,7 +47,8 @@ def _leading_version(text: str) -> str:
     return match[0] if match else text
 
 
-def _output(*argv: str) -> str:
+def output_of(*argv: str) -> str:
+    """Return what a program says of itself, or `unknown`."""
     try:
         return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -55,7 +56,7 @@ def _output(*argv: str) -> str:
 
 
 def _version() -> str:
-    return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--tags")
+    return output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--tags")
 
 
 def _cgroup_layout() -> str:

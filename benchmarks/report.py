@@ -62,9 +62,9 @@ class Claim:
     @property
     def result(self) -> str:
         """What was measured, in words."""
-        words = f"{_number(self.measured)} {self.unit}"
+        words = f"{in_words(self.measured)} {self.unit}"
         if self.interval is not None:
-            words += f" ({_number(self.interval[0])}–{_number(self.interval[1])})"
+            words += f" ({in_words(self.interval[0])}–{in_words(self.interval[1])})"
         return words
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,8 +88,8 @@ class Figure:
     def cells(self) -> tuple[str, str, str, str]:
         """Return the median or only value, the 99th percentile, the count, and the unit."""
         if isinstance(self.value, Summary):
-            return _number(self.value.median), _number(self.value.p99), str(self.value.count), self.unit
-        return _number(self.value), "", "", self.unit
+            return in_words(self.value.median), in_words(self.value.p99), str(self.value.count), self.unit
+        return in_words(self.value), "", "", self.unit
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain types."""
@@ -99,10 +99,23 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one benchmark found."""
+    """What one benchmark found.
+
+    Attributes:
+        not_measured: Why it found nothing; empty if it did.
+    """
 
     claims: tuple[Claim, ...]
     figures: tuple[Figure, ...]
+    not_measured: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain types."""
+        return {
+            "claims": [claim.as_dict() for claim in self.claims],
+            "figures": [figure.as_dict() for figure in self.figures],
+            **({"not_measured": self.not_measured} if self.not_measured else {}),
+        }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,13 +148,7 @@ class Report:
             "machine": dict(self.machine),
             "plan": dict(self.plan),
             "met": self.met,
-            "benchmarks": {
-                name: {
-                    "claims": [claim.as_dict() for claim in outcome.claims],
-                    "figures": [figure.as_dict() for figure in outcome.figures],
-                }
-                for name, outcome in self.outcomes.items()
-            },
+            "benchmarks": {name: outcome.as_dict() for name, outcome in self.outcomes.items()},
         }
 
     def text(self) -> str:
@@ -169,6 +176,8 @@ class Report:
             rows += [
                 (name, claim.what, claim.target, claim.result, "yes" if claim.met else "NO") for claim in outcome.claims
             ]
+            if outcome.not_measured:
+                rows.append((name, f"not measured: {outcome.not_measured}", "", "", ""))
         return rows
 
     def _figures(self) -> list[tuple[str, ...]]:
@@ -199,7 +208,7 @@ def write_docs(path: Path, text: str, name: str = "benchmarks") -> None:
     partial.rename(path)
 
 
-def _number(value: float) -> str:
+def in_words(value: float) -> str:
     """Write a number with three significant digits, or all of its whole ones."""
     if abs(value) >= 100:
         return f"{value:.0f}"
