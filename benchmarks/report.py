@@ -222,5 +222,5 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _piped(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
     return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]

@@ -23,6 +23,7 @@ OURS_SMALL = "lxc_pool, 5 warm"
 """The names of both pools: as large as a session, and of the default size."""
 
 _SMALL = 5
+_REASON_LENGTH = 200
 _WORKERS = (1, 2)
 
 
@@ -42,7 +43,7 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(quick=True, tests=4, rounds=2)
+QUICK = Plan(quick=True, tests=3, rounds=1)
 
 
 def measure(lab: Lab, plan: Plan, names: Sequence[str], say: Callable[[str], None]) -> dict[str, Outcome]:
@@ -57,7 +58,8 @@ def measure(lab: Lab, plan: Plan, names: Sequence[str], say: Callable[[str], Non
                 try:
                     ready[name] = stack.enter_context(PEERS[name].open(lab, warm.image))
                 except (LabError, LxcPoolError, OSError) as error:
-                    reasons[name] = f"it can't be made ready: {error}"
+                    say(f"{name} is not measured: {'; '.join([str(error), *getattr(error, '__notes__', ())])}")
+                    reasons[name] = f"it can't be made ready: {' '.join(str(error).split())[:_REASON_LENGTH]}"
         found = _in_turns(lab, plan, ready, say)
     ours = _seconds(found[OURS, 1])
     outcomes = {name: Outcome((), _figures(found, name)) for name in (OURS, OURS_SMALL)}

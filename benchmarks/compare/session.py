@@ -19,6 +19,9 @@ from benchmarks.programs import ProgramFailed
 
 _SUITE = Path(__file__).with_name("suite")
 
+_PASSED_ON = ("PYTHONDONTWRITEBYTECODE",)
+"""Variables that a session has from this process: root leaves no bytecode in a tree where it was told so."""
+
 _TIMEOUT = 900.0
 """Seconds for one session. A guess: thirty times what the slowest peer needs for 25 tests."""
 
@@ -70,10 +73,12 @@ def run(lab: Lab, arguments: Sequence[str], *, workers: int, tests: int) -> Sess
     record, output = lab.directory / "record.json", lab.directory / "session.log"
     record.unlink(missing_ok=True)
     argv = [sys.executable, "-m", "pytest", "-c", str(_SUITE / "pytest.ini"), "--rootdir", str(_SUITE)]
+    argv += ["-p", "xdist", "-p", "lxc_pool.pytest_plugin"]
     argv += ["-n", str(workers), "--basetemp", str(lab.directory / "pytest"), "--record", str(record)]
     argv += ["--fresh", str(tests + workers), *arguments, str(_SUITE)]
-    # Python writes no bytecode into the project, and the session sees no variables that would change pytest's ways.
-    environment = {**programs.ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}
+    # No variables and no plugins that would change pytest's ways on this machine.
+    environment = {**programs.ENVIRONMENT, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     with output.open("wb") as stream:
         with lab.interrupts.shield():
             process = subprocess.Popen(

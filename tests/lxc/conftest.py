@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lxc_pool import PoolServiceProxy, State
@@ -72,6 +75,21 @@ def make_service(images: Path) -> Iterator[Callable[[], Service]]:
     finally:
         for service in made:
             service.close()
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty directory for benchmarks, short enough for sockets; after the test, nothing of them may be left."""
+    path = Path("/tmp") / f"lxpt-{os.getpid()}"
+    path.mkdir()
+    yield path
+    left = [*path.iterdir()]
+    shutil.rmtree(path)
+    locks = Path("/run/lxc/lock") / path.relative_to("/")
+    assert not left
+    assert not [*locks.rglob("*")]
+    shutil.rmtree(locks, ignore_errors=True)
+    assert not [process for process in psutil.process_iter(["cmdline"]) if str(path) in str(process.info["cmdline"])]
 
 
 @pytest.fixture

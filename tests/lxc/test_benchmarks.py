@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from benchmarks import report
@@ -33,21 +31,6 @@ CLAIMS = {"handout": 3, "refill": 1, "run": 2, "network": 2, "reap": 2, "idle": 
 
 def command(directory: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks", "--quick", "--directory", str(directory), *arguments]
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    # pytest's own are too long for a socket.
-    path = Path("/tmp") / f"lxpt-{os.getpid()}"
-    path.mkdir()
-    yield path
-    left = [*path.iterdir()]
-    shutil.rmtree(path)
-    locks = Path("/run/lxc/lock") / path.relative_to("/")
-    assert not left
-    assert not [*locks.rglob("*")]
-    shutil.rmtree(locks, ignore_errors=True)
-    assert not [process for process in psutil.process_iter(["cmdline"]) if str(path) in str(process.info["cmdline"])]
 
 
 @needs_lxc
@@ -164,7 +147,7 @@ def test_a_page_without_the_marks_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_the_documentation_has_the_marks() -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    for name in ("benchmarks", "benchmarks.before"):
+    for name in ("benchmarks", "benchmarks.before", "benchmarks.compare"):
         assert [text.count(mark) for mark in report.marks(name)] == [1, 1]
 
 
