@@ -58,6 +58,20 @@ LAYOUTS = {
 """How each is mounted: every controller of its own; as systemd does with `systemd.unified_cgroup_hierarchy=0`; and
 with version 2 beside them, without controllers; and version 2 alone."""
 
+_PROCESSES = """\
+for tree in /sys/fs/cgroup /sys/fs/cgroup/systemd /sys/fs/cgroup/unified; do
+    [ -e $tree/cgroup.procs ] || continue
+    mkdir -p $tree/init.scope $tree/system.slice/command.service
+    echo 1 > $tree/init.scope/cgroup.procs
+done
+enter() {
+    for tree in /sys/fs/cgroup /sys/fs/cgroup/systemd /sys/fs/cgroup/unified; do
+        [ -e $tree/cgroup.procs ] && sh -c 'echo $PPID > $0/cgroup.procs' $tree/system.slice/command.service
+    done
+}
+"""
+"""Put the first process and the command where systemd has itself and its services."""
+
 _MACHINE = "-accel tcg -cpu max -nodefaults -no-user-config -nographic -no-reboot -serial stdio"
 """Emulated: it boots in ten seconds all the same, and needs nothing of the machine it is on. It has no network."""
 
@@ -101,7 +115,7 @@ ip link set lo up 2>/dev/null
 {cgroups}
 export TMPDIR=/var/tmp HOME=/root
 cd {directory}
-{command}
+(enter; exec {command})
 echo $? > /mnt/.status
 sync
 echo o > /proc/sysrq-trigger
@@ -128,7 +142,7 @@ def main() -> int:
             path=os.environ["PATH"],
             kernel=kernel,
             layout=arguments.layout,
-            cgroups=LAYOUTS[arguments.layout],
+            cgroups=LAYOUTS[arguments.layout] + _PROCESSES,
             directory=shlex.quote(os.getcwd()),
             command=shlex.join(arguments.command),
         )

@@ -36,6 +36,7 @@ class Recording(TypedDict):
         mountinfo: The host's, as far as cgroups go.
         membership: /proc/PID/cgroup of the container's init.
         own_membership: That of who started it.
+        first_membership: That of the host's first process.
         started: All cgroups once the container is up, before the pool seals them.
         sealed: What of them is otherwise after that.
         open_to_root: What the container's root can write to then, seen from inside.
@@ -48,6 +49,7 @@ class Recording(TypedDict):
     mountinfo: list[str]
     membership: list[str]
     own_membership: list[str]
+    first_membership: list[str]
     started: Tree
     sealed: Tree
     open_to_root: list[str]

@@ -154,7 +154,7 @@ def test_a_containers_cgroups_are_found_on_hosts_of_every_layout(name: str, tmp_
     version = {tree.version for tree in host.trees}
     wanted = {Layout.V1: {1}, Layout.HYBRID: {1, 2}, Layout.V2: {2}}[cgroups.layout(host.trees)]
     assert version == wanted
-    memberships = ["\n".join(host.recording["membership"]), "\n".join(host.recording["own_membership"])]
+    memberships = ["\n".join(host.recording["first_membership"]), "\n".join(host.recording["own_membership"])]
     # Of a running container every hierarchy has both; what /proc says of its init is just those.
     found = cgroups.container_cgroups(NAME, host.trees, memberships)
     assert {(path.parent, path.name) for path in found} == {

@@ -80,6 +80,7 @@ def main(layout: str, directory: Path) -> None:
                 mountinfo=_of_cgroups(mountinfo.splitlines()),
                 membership=Path(f"/proc/{init.pid}/cgroup").read_text(encoding="ascii").splitlines(),
                 own_membership=Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines(),
+                first_membership=Path("/proc/1/cgroup").read_text(encoding="ascii").splitlines(),
                 started=started,
                 sealed={path: entry for path, entry in sealed.items() if NAME in path and started.get(path) != entry},
                 open_to_root=_inside(backend.lxcpath, _OPEN_TO_ROOT),
