@@ -333,7 +333,7 @@ class PoolMachine(RuleBasedStateMachine):
     def everybody_is_served(self) -> None:
         """Let clients confirm what they are offered, and release it."""
         waiting = [ticket for ticket in self.tickets if ticket.error is None]
-        for _ in range(len(waiting) + 1):
+        for _ in range(len(waiting) + 30):  # a creation that hangs, and the pauses after failures, take their time
             self.world.advance(10)
             for ticket in [ticket for ticket in waiting if ticket.offer]:
                 waiting.remove(ticket)

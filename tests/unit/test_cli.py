@@ -418,7 +418,7 @@ def test_no_service_is_a_status_of_its_own(lxc_pool: Terminal, tmp_path: Path, m
         ["status"],
         ["ls"],
         ["wait"],
-        ["get"],
+        ["get", "--owner", os.getpid()],
         ["resize", 1],
         ["drain"],
         ["resume"],
