@@ -139,8 +139,8 @@ def test_a_device_node_in_an_image_is_no_device(attacker: Attacker) -> None:
 
 
 def test_a_set_uid_program_makes_root_of_the_container_only(attacker: Attacker) -> None:
-    attacker.shell("cp /bin/busybox /suid; chmod 4755 /suid")
-    process = attacker.container.popen(["/suid", "sleep", "100"], user=1000)
+    attacker.shell("cp /bin/busybox /tmp/sleep; chmod 4755 /tmp/sleep")
+    process = attacker.container.popen(["/tmp/sleep", "100"], user=1000)
     try:
         uids = Path(f"/proc/{process.pid}/status").read_text().partition("Uid:")[2].split()[:4]
         # busybox gives up what it does not need; whichever it is, it is the container's.
