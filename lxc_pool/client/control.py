@@ -147,7 +147,7 @@ class Control:
         if not poller.poll(None if timeout is None else max(0.0, timeout) * 1000):
             return None
         try:
-            data, master = packets.receive_beside(self._socket)
+            data, master = self._receive_packet()
         except ConnectionError:
             data, master = b"", -1
         if master >= 0:
@@ -156,6 +156,14 @@ class Control:
             self._socket.close()
             return None
         return decode_event(data)
+
+    def _receive_packet(self) -> tuple[bytes, int]:
+        try:
+            return packets.receive_beside(self._socket)
+        except ConnectionResetError:
+            # The supervisor has closed its end with an order of ours unread. That is said once, and before what it had
+            # said itself: how the command ended. Source: Linux net/core/datagram.c, __skb_try_recv_datagram.
+            return packets.receive_beside(self._socket)
 
     def _send(self, order: Signal | KillTree) -> None:
         with contextlib.suppress(OSError):  # the supervisor has ended: so has the command

@@ -131,6 +131,24 @@ def test_the_client_hears_what_the_supervisor_says() -> None:
     assert (control.closed, control.ended, control.returncode) == (True, True, 3)
 
 
+@pytest.mark.parametrize("order", ["signal", "kill_tree"])
+def test_an_order_that_comes_too_late_does_not_cost_the_clients_word_of_the_end(order: str) -> None:
+    """A socket that is closed with something unread says so at the other end, before what was sent to it."""
+    ours, its = packets.pair()
+    control = Control(ours)
+    with its:
+        its.send(Started(7).encode())
+        assert control.await_start(None) == Started(7)
+        if order == "signal":
+            control.signal(9)
+        else:
+            control._send(KillTree())
+        its.send(Exited(3).encode())
+    assert control.await_exit(None) == 3
+    control.kill_tree()
+    assert (control.closed, control.returncode) == (True, 3)
+
+
 def test_a_tree_that_can_not_be_killed_is_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, its = packets.pair()
     control = Control(ours)
