@@ -26,12 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.interrupts import Interrupted, Interrupts
+from benchmarks.attempt import attempt
+from benchmarks.interrupts import Interrupts
 from benchmarks.lab import ROOT, Lab, LabError
 from benchmarks.machine import describe
 from benchmarks.report import Claim, Figure, Outcome, Sense
 from benchmarks.stats import ratio_of_medians
-from lxc_pool import LxcPoolError
 
 DOCS = ROOT / "docs" / "performance.md"
 
@@ -148,28 +148,29 @@ def main() -> int:
         parser.error("containers are made by root: run it as root")
     if options.write_docs and (options.rounds < 100 or options.revision != REVISION):
         parser.error("--write-docs is for 100 rounds at least, and the default revision")
-    interrupts = Interrupts()
-    interrupts.install()
-    began, begin = dt.datetime.now(dt.UTC), time.monotonic()
-    machine = describe(options.directory) | {"before": options.revision}
-    try:
-        with Lab(options.directory, interrupts) as lab:
-            outcome = measure(lab, options.revision, options.rounds)
-    except Interrupted as interrupt:
-        print("before: ended by a signal; everything has been cleaned up", file=sys.stderr)
-        return 128 + interrupt.signum
-    except (LabError, LxcPoolError, OSError) as error:
-        print(f"before: failed: {error}", *getattr(error, "__notes__", ()), file=sys.stderr)
-        return 5
-    plan = {"quick": options.rounds < 100, "rounds": options.rounds}
-    took = time.monotonic() - begin
-    result = report.Report(began.isoformat(timespec="seconds"), took, machine, plan, {"before": outcome})
+    result = attempt(lambda interrupts: _measure(options, interrupts))
+    if isinstance(result, int):
+        return result
     print(result.text())
     if options.json:
         options.json.write_text(json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.write_docs:
         report.write_docs(DOCS, result.markdown(), "benchmarks.before")
     return 1 if options.check and not result.met else 0
+
+
+def _measure(options: argparse.Namespace, interrupts: Interrupts) -> report.Report:
+    began, begin = dt.datetime.now(dt.UTC), time.monotonic()
+    machine = describe(options.directory) | {"before": options.revision}
+    with Lab(options.directory, interrupts) as lab:
+        outcome = measure(lab, options.revision, options.rounds)
+    return report.Report(
+        began=began.isoformat(timespec="seconds"),
+        seconds=time.monotonic() - begin,
+        machine=machine,
+        plan={"quick": options.rounds < 100, "rounds": options.rounds},
+        outcomes={"before": outcome},
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
