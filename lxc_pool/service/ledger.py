@@ -5,8 +5,12 @@ act that it announces; written with the pool's lock held, which takes some 15 µ
 can't get out of step. `audit` may read it beside us.
 
 What is announced: BUILDING before a clone, LEASED before its client learns of it, REAPING before a removal. RESERVED is
-not
-written: nobody has used such a container, so that after a restart it is as good as warm.
+not written: nobody has used such a container, so that after a restart it is as good as warm.
+
+A client waits while its lease is announced, and after a rest, when no cache has SQLite's code, a row takes 80 µs: a
+fifth of a `get` (measured). So that goes to the intent file first, and into its row once the client has its answer.
+What the intent file says holds if the row says WARM, and only then: any other row is newer, since no container that was
+leased is ever warm again.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from lxc_pool.backend.protocol import Endpoint
 from lxc_pool.errors import BackendError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import LeaseId, State
+from lxc_pool.service import intent
+from lxc_pool.service.intent import IntentFile
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +96,20 @@ class Journal(Protocol):
             BackendError: It could not be removed; it stands.
         """
 
+    def intend(self, entry: Entry) -> None:
+        """Do what `write` does for a container that is leased, but quicker: `settle` has to be called soon after.
+
+        Raises:
+            BackendError: It could not be written; the old one stands.
+        """
+
+    def settle(self) -> None:
+        """Put what was intended last into its place.
+
+        Raises:
+            BackendError: It could not be put there; it holds nevertheless.
+        """
+
 
 @dataclasses.dataclass(slots=True)
 class Ledger:
@@ -103,6 +123,9 @@ class Ledger:
     path: Path
     notice: str | None = None
     _database: sqlite3.Connection | None = None
+    _intent_file: IntentFile | None = None
+    _intended: Entry | None = None
+    _failing: bool = False
 
     def open(self) -> tuple[Entry, ...]:
         """Open the ledger and return what is in it; a corrupt one is set aside and a new one begun.
@@ -125,19 +148,53 @@ class Ledger:
 
     def write(self, entry: Entry) -> None:
         """See `Journal.write`."""
+        self._overtake(entry.name)
         with self._change() as database:
             database.execute("REPLACE INTO container VALUES (?, ?)", (entry.name, msgspec.msgpack.encode(entry)))
 
     def erase(self, name: str) -> None:
         """See `Journal.erase`."""
+        self._overtake(name)
         with self._change() as database:
             database.execute("DELETE FROM container WHERE name = ?", (name,))
 
+    def intend(self, entry: Entry) -> None:
+        """See `Journal.intend`."""
+        self.settle()
+        if self._intent_file is None or self._failing:
+            self.write(entry)  # and say at once that there is no room, say, instead of at the next one
+            return
+        try:
+            self._intent_file.put(msgspec.msgpack.encode(entry))
+        except OSError as error:
+            raise self._unwritable(error.strerror or str(error)) from error
+        self._intended = entry
+
+    def settle(self) -> None:
+        """See `Journal.settle`."""
+        if (entry := self._intended) is None:
+            return
+        try:
+            self.write(entry)
+        except BackendError:
+            self._intended = entry
+            raise
+
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         if self._database is not None:
+            with contextlib.suppress(BackendError):  # the next one finds it in the intent file
+                self.settle()
             self._database.close()
             self._database = None
+        if self._intent_file is not None:
+            self._intent_file.close()
+            self._intent_file = None
+
+    def _overtake(self, name: str) -> None:
+        """Forget what was intended of a container that there is newer word of."""
+        if self._intended is not None and self._intended.name == name:
+            self._intended = None
 
     def _load(self) -> tuple[Entry, ...]:
         self.close()
@@ -146,6 +203,8 @@ class Ledger:
         try:
             with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb") as file:
                 os.fchmod(file.fileno(), 0o600)
+            intended = _read_intent(self.path)
+            self._intent_file = IntentFile(_intent_path(self.path))
         except OSError as error:
             raise BackendError(
                 f"the ledger {self.path} can't be opened: {error.strerror}; is its disk full?"
@@ -167,12 +226,13 @@ class Ledger:
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
-            rows = database.execute("SELECT entry FROM container").fetchall()
-            entries = tuple(msgspec.msgpack.decode(row[0], type=Entry) for row in rows)
+            entries = _entries(database, intended)
         except BaseException:
             database.close()
             raise
         self._database = database
+        if intended in entries:
+            self._intended = intended
         return entries
 
     @contextlib.contextmanager
@@ -182,12 +242,17 @@ class Ledger:
         try:
             yield self._database
         except sqlite3.Error as error:
-            raise BackendError(f"the ledger {self.path} can't be written: {error}; is its disk full?") from error
+            self._failing = True
+            raise self._unwritable(str(error)) from error
+        self._failing = False
+
+    def _unwritable(self, reason: str) -> BackendError:
+        return BackendError(f"the ledger {self.path} can't be written: {reason}; is its disk full?")
 
     def _set_aside(self) -> Path:
         aside = self.path.with_name(f"{self.path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}")
         self.path.rename(aside)
-        for suffix in ("-wal", "-shm"):
+        for suffix in ("-wal", "-shm", "-intent"):
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).unlink()
         return aside
@@ -202,12 +267,31 @@ def read(path: Path) -> tuple[Entry, ...]:
     if not path.exists():
         return ()
     try:
+        intended = _read_intent(path)  # before the rows: one that is newer is then seen
         database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
         with contextlib.closing(database):
-            rows = database.execute("SELECT entry FROM container").fetchall()
-        return tuple(msgspec.msgpack.decode(row[0], type=Entry) for row in rows)
-    except (sqlite3.Error, msgspec.MsgspecError) as error:
+            return _entries(database, intended)
+    except (sqlite3.Error, OSError, msgspec.MsgspecError) as error:
         raise BackendError(f"the ledger {path} can't be read: {error}") from error
+
+
+def _intent_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}-intent")
+
+
+def _read_intent(path: Path) -> Entry | None:
+    body = intent.read(_intent_path(path))
+    return None if body is None else msgspec.msgpack.decode(body, type=Entry)
+
+
+def _entries(database: sqlite3.Connection, intended: Entry | None) -> tuple[Entry, ...]:
+    """Return what the rows say, and the intent file where it is newer."""
+    rows = database.execute("SELECT entry FROM container").fetchall()
+    entries = [msgspec.msgpack.decode(row[0], type=Entry) for row in rows]
+    return tuple(
+        intended if intended is not None and entry.name == intended.name and entry.state is State.WARM else entry
+        for entry in entries
+    )
 
 
 def _is_corruption(error: sqlite3.OperationalError) -> bool:

@@ -165,7 +165,7 @@ class Pool:
     ) -> ContainerInfo | None:
         """Turn a reservation into a lease; None if there is none (any more). Confirming twice is as good as once.
 
-        The caller has to call `refill` afterwards, when the client has its answer: it would compete with that.
+        The caller has to call `settle` afterwards, when the client has its answer: it would compete with that.
 
         Args:
             uid: The user.
@@ -386,9 +386,10 @@ class Pool:
                 if member.init is not None:
                     self._watch.forget(member.init)
 
-    def refill(self) -> None:
-        """Let the place of a leased container be filled."""
+    def settle(self) -> None:
+        """Do what a confirmation leaves to be done: put it into its place in the ledger, fill the container's place."""
         with self._lock:
+            self._stock.settle()
             self._stock.wake()
 
     # --- work ---------------------------------------------------------------------------------------------------------

@@ -254,7 +254,7 @@ class PoolService:
         return messages.Offer(ticket.offer.name, ticket.offer.profile)
 
     def _after_confirmation(self, peer: Peer, info: ContainerInfo | None) -> None:
-        self._pool.refill()
+        self._pool.settle()
         if info is not None:
             trail.record(
                 "lease",

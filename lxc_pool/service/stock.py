@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from lxc_pool.config import ProfileConfig
 from lxc_pool.errors import BackendError
 from lxc_pool.model import State
-from lxc_pool.service.ledger import Journal
+from lxc_pool.service.ledger import Entry, Journal
 from lxc_pool.service.lifecycle import Member
 from lxc_pool.service.shelf import Shelf
 
@@ -118,6 +118,13 @@ class Stock:
             self.forget_retired()
         self.changed.notify_all()
 
+    def settle(self) -> None:
+        """Let the ledger put the last hand-off into its place; if it can't, it does so before the next one."""
+        try:
+            self._journal.settle()
+        except BackendError as error:
+            self.note_error(str(error))
+
     def rewrite(self, member: Member) -> None:
         """Bring a container's entry up to date with its lease.
 
@@ -129,15 +136,18 @@ class Stock:
     def _record(self, member: Member, state: State) -> None:
         """Write a move down before it is made, where a restart would go wrong without it."""
         if state is State.LEASED:
-            self._write(member, state)
+            self._put(self._journal.intend, member.entry(state))
         elif state is State.REAPING or (state is State.WARM and member.state is State.BUILDING):
             # If this can't be written, the older entry stands, and leads the next service to remove the container.
             with contextlib.suppress(BackendError):
                 self._write(member, state)
 
     def _write(self, member: Member, state: State) -> None:
+        self._put(self._journal.write, member.entry(state))
+
+    def _put(self, how: Callable[[Entry], None], entry: Entry) -> None:
         try:
-            self._journal.write(member.entry(state))
+            how(entry)
         except BackendError as error:
             self.note_error(str(error))
             raise

@@ -90,7 +90,7 @@ def steps(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("step", [step for step in LEDGER_STEPS if step.rpartition("-")[0] in names])
 
 
-@steps("building", "warm", "leased")
+@steps("building", "warm", "leased", "settling")
 def test_a_get_during_which_the_service_dies_ends_in_one_lease(world: World, step: str) -> None:
     assert_healed(world.service, world.pool, leased=[world.survivor.name])
     container = world.die(step, lambda: get(world))

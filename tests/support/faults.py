@@ -42,10 +42,10 @@ Kind = Literal["kill", "hang", "fail"]
 
 LEDGER_STEPS = tuple(
     f"{step}-{when}"
-    for step in ("building", "warm", "leased", "rewriting", "reaping", "erasing")
+    for step in ("building", "warm", "leased", "settling", "rewriting", "reaping", "erasing")
     for when in ("before", "after")
 )
-"""Each write of the service's to its ledger, by the state that it announces."""
+"""Each write of the service's to its ledger, by the state that it announces; `settling`: a lease's row."""
 
 CREATION_STEPS = ("preparing", "cloning", "starting", "started", "probing")
 REMOVAL_STEPS = ("stopping", "stopped", "destroying", "destroyed")
@@ -170,11 +170,14 @@ class FaultyLedger(Ledger):
     __slots__ = ()
 
     def write(self, entry: Entry) -> None:
-        again = entry.state is State.LEASED and entry.name in _leased
-        with self._at("rewriting" if again else str(entry.state)):
+        step = "settling" if entry is self._intended else "rewriting" if entry.name in _leased else "leased"
+        with self._at(step if entry.state is State.LEASED else str(entry.state)):
             super().write(entry)
-        if entry.state is State.LEASED:
-            _leased.add(entry.name)
+
+    def intend(self, entry: Entry) -> None:
+        with self._at("leased"):
+            super().intend(entry)
+        _leased.add(entry.name)
 
     def erase(self, name: str) -> None:
         with self._at("erasing"):

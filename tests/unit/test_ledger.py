@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,9 +114,129 @@ def test_a_write_that_fails_says_so_and_leaves_the_old_entry(path: Path) -> None
 def test_nobody_but_its_owner_may_read_it(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     path.touch(mode=0o644)
+    path.with_name("ledger.db-intent").touch(mode=0o644)
     ledger = Ledger(path)
     ledger.open()
     ledger.write(entry())
     modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
     ledger.close()
-    assert modes == {"ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600}
+    assert modes == {"ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600, "ledger.db-intent": 0o600}
+
+
+LEASE = LeaseEntry("r1", ContainerId("job", 1, 2), 1000, ProcessIdentity("boot", 7, 8), 99.5)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_what_was_intended_holds_after_a_restart_whether_or_not_it_was_settled(path: Path, settled: bool) -> None:
+    first = Ledger(path)
+    first.open()
+    first.write(entry("c1"))
+    first.write(entry("c2"))
+    leased = entry("c2", State.LEASED, LEASE)
+    first.intend(leased)
+    if settled:
+        first.settle()
+    assert ledger.read(path) == (entry("c1"), leased)
+    # No close: the service was killed.
+    second = Ledger(path)
+    assert second.open() == (entry("c1"), leased)
+    second.settle()
+    path.with_name("ledger.db-intent").unlink()
+    assert ledger.read(path) == (entry("c1"), leased)
+    first.close()
+    second.close()
+
+
+def test_each_intent_is_settled_by_the_next_and_by_the_end(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    entries = tuple(entry(f"c{number}", State.LEASED, LEASE) for number in range(3))
+    for leased in entries:
+        book.write(entry(leased.name))
+        book.intend(leased)
+    book.close()
+    path.with_name("ledger.db-intent").unlink()
+    assert ledger.read(path) == entries
+
+
+@pytest.mark.parametrize("erased", [False, True])
+def test_newer_word_of_a_container_overtakes_what_was_intended_of_it(path: Path, erased: bool) -> None:
+    book = Ledger(path)
+    book.open()
+    book.write(entry())
+    book.intend(entry("c1", State.LEASED, LEASE))
+    if erased:
+        book.erase("c1")
+    else:
+        book.write(entry("c1", State.REAPING))
+    expected = () if erased else (entry("c1", State.REAPING),)
+    assert ledger.read(path) == expected
+    book.settle()
+    assert ledger.read(path) == expected
+    again = Ledger(path)
+    assert again.open() == expected
+    again.close()
+    book.close()
+
+
+@pytest.mark.parametrize("damage", [lambda record: record[:-1], lambda record: record[:-1] + b"!", lambda record: record[:3]])
+def test_an_intent_that_is_torn_never_was(path: Path, damage: Callable[[bytes], bytes]) -> None:
+    book = Ledger(path)
+    book.open()
+    book.write(entry())
+    book.intend(entry("c1", State.LEASED, LEASE))
+    intent = path.with_name("ledger.db-intent")
+    intent.write_bytes(damage(intent.read_bytes()))
+    assert ledger.read(path) == (entry(),)
+    again = Ledger(path)
+    assert again.open() == (entry(),)
+    again.close()
+    book.close()
+
+
+def test_a_shorter_intent_in_the_place_of_a_longer_one_is_whole(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    for name in ("c" * 100, "c1"):
+        book.write(entry(name))
+        book.intend(entry(name, State.LEASED, LEASE))
+    assert dict.fromkeys(ledger.read(path)) == dict.fromkeys(
+        [entry("c" * 100, State.LEASED, LEASE), entry("c1", State.LEASED, LEASE)]
+    )
+    book.close()
+
+
+def test_while_rows_can_not_be_written_one_hand_off_is_intended_and_no_more(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    for name in ("c1", "c2", "c3"):
+        book.write(entry(name))
+    assert book._database is not None
+    book._database.execute("PRAGMA query_only = ON")
+    book.intend(entry("c1", State.LEASED, LEASE))
+    with pytest.raises(BackendError, match="can't be written"):
+        book.settle()
+    with pytest.raises(BackendError, match="can't be written"):
+        book.intend(entry("c2", State.LEASED, LEASE))
+    with pytest.raises(BackendError, match="can't be written"):
+        book.erase("c1")  # what was intended is forgotten with it
+    with pytest.raises(BackendError, match="can't be written"):
+        book.intend(entry("c2", State.LEASED, LEASE))
+    book._database.execute("PRAGMA query_only = OFF")
+    book.intend(entry("c3", State.LEASED, LEASE))
+    assert ledger.read(path)[1:] == (entry("c2"), entry("c3", State.LEASED, LEASE))
+    book.close()
+
+
+def test_an_intent_that_has_no_room_is_an_error(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    book.write(entry())
+    assert book._intent_file is not None
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, book._intent_file._file)
+    os.close(full)
+    with pytest.raises(BackendError, match=r"ledger .* can't be written: No space left.*full\?"):
+        book.intend(entry("c1", State.LEASED, LEASE))
+    assert ledger.read(path) == (entry(),)
+    book.close()

@@ -119,7 +119,7 @@ def test_the_place_of_a_leased_container_is_filled_once_its_client_has_the_answe
     world.pool._stock.wake = lambda: woken.append(None)
     world.lease()
     assert not woken
-    world.pool.refill()
+    world.pool.settle()
     assert woken
     world.settle()
     assert world.count(State.WARM) == 1
