@@ -179,7 +179,9 @@ def test_newer_word_of_a_container_overtakes_what_was_intended_of_it(path: Path,
     book.close()
 
 
-@pytest.mark.parametrize("damage", [lambda record: record[:-1], lambda record: record[:-1] + b"!", lambda record: record[:3]])
+@pytest.mark.parametrize(
+    "damage", [lambda record: record[:-1], lambda record: record[:-1] + b"!", lambda record: record[:3]]
+)
 def test_an_intent_that_is_torn_never_was(path: Path, damage: Callable[[bytes], bytes]) -> None:
     book = Ledger(path)
     book.open()
