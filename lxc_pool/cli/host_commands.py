@@ -137,8 +137,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _log_to_stderr(level: int, *, as_json: bool) -> logging.handlers.QueueListener:
     """Write the log from a thread of its own: whoever logs may hold a lock, and must not wait for a slow reader."""
-    from lxc_pool.service.lanes import LOG_FORMAT
     from lxc_pool.service.trail import JsonFormatter
+    from lxc_pool.service.worker import LOG_FORMAT
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(LOG_FORMAT))

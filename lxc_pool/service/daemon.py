@@ -31,7 +31,7 @@ from lxc_pool.service.access import Policy
 from lxc_pool.service.addresses import AddressBook
 from lxc_pool.service.directories import name_prefix
 from lxc_pool.service.dispatcher import Dispatcher
-from lxc_pool.service.lanes import ProcessLane, stop_fork_server
+from lxc_pool.service.lanes import ProcessLane
 from lxc_pool.service.ledger import Ledger
 from lxc_pool.service.ledger import read as read_ledger
 from lxc_pool.service.network import pool_network
@@ -41,6 +41,7 @@ from lxc_pool.service.reload import reload
 from lxc_pool.service.server import PoolServer, listen
 from lxc_pool.service.service import PoolService
 from lxc_pool.service.watchdog import Watchdog
+from lxc_pool.service.worker import stop_fork_server
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.images.store import Image
 from lxc_pool.model import State
 from lxc_pool.service.addresses import AddressBook
-from lxc_pool.service.lanes import CollectJob, CreateJob, DestroyJob, Job, Lane, LaneBroken, Outcome, PrepareJob
+from lxc_pool.service.jobs import CollectJob, CreateJob, DestroyJob, Job, LaneBroken, Outcome, PrepareJob
+from lxc_pool.service.lanes import Lane
 from lxc_pool.service.lifecycle import Member
 from lxc_pool.service.shelf import Shelf
 from lxc_pool.service.stock import Stock

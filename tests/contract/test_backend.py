@@ -22,16 +22,9 @@ from lxc_pool.errors import BackendError, CloneFailed, ImageError, LxcPoolError,
 from lxc_pool.host import cgroups
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.images.store import Image
-from lxc_pool.service.lanes import (
-    CreateJob,
-    DestroyJob,
-    Job,
-    Outcome,
-    PrepareJob,
-    ProcessLane,
-    perform,
-    stop_fork_server,
-)
+from lxc_pool.service.jobs import CreateJob, DestroyJob, Job, Outcome, PrepareJob, perform
+from lxc_pool.service.lanes import ProcessLane
+from lxc_pool.service.worker import stop_fork_server
 
 DEADLINE = 30.0
 """Seconds that a container may take to come up; it takes a hundredth of one."""

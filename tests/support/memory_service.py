@@ -30,7 +30,7 @@ from lxc_pool.errors import LxcPoolError
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.model import State
 from lxc_pool.service import daemon
-from lxc_pool.service.lanes import Job, Outcome, perform
+from lxc_pool.service.jobs import Job, Outcome, perform
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.server import PoolServer, listen
 from lxc_pool.service.service import PoolService

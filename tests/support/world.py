@@ -13,7 +13,7 @@ from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.errors import BackendError, LxcPoolError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, LeaseId, State
-from lxc_pool.service.lanes import Job, Outcome, perform
+from lxc_pool.service.jobs import Job, Outcome, perform
 from lxc_pool.service.ledger import Entry
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.waiters import Ticket

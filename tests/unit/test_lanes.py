@@ -22,17 +22,10 @@ from lxc_pool.config import ProfileConfig
 from lxc_pool.errors import DestroyFailed, ImageError, InternalError
 from lxc_pool.host.processes import identify
 from lxc_pool.images.store import Image
-from lxc_pool.service import lanes
-from lxc_pool.service.lanes import (
-    CreateJob,
-    DestroyJob,
-    Job,
-    LaneBroken,
-    Outcome,
-    PrepareJob,
-    ProcessLane,
-    stop_fork_server,
-)
+from lxc_pool.service import worker
+from lxc_pool.service.jobs import CreateJob, DestroyJob, Job, LaneBroken, Outcome, PrepareJob
+from lxc_pool.service.lanes import ProcessLane
+from lxc_pool.service.worker import stop_fork_server
 from tests.support.trial_backend import TrialBackend
 
 SOON = 30.0
@@ -82,8 +75,8 @@ def outcome(lane: ProcessLane, job: Job) -> Outcome:
 
 
 def worker_of(lane: ProcessLane) -> int:
-    assert lane._pid is not None
-    return lane._pid.result(SOON)
+    assert lane._worker is not None
+    return lane._worker._pid.result(SOON)
 
 
 def hang(lane: ProcessLane, notes: Path, name: str = "hang") -> tuple[queue.Queue[Outcome], list[int]]:
@@ -127,7 +120,7 @@ def test_a_declared_error_is_an_outcome_and_the_lane_goes_on(lane: ProcessLane) 
 def test_an_undeclared_error_is_our_bug_in_the_log_with_where_it_was(
     lane: ProcessLane, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.ERROR, lanes.__name__):
+    with caplog.at_level(logging.ERROR, worker.__name__):
         error = outcome(lane, PrepareJob("bug"))
     assert isinstance(error, InternalError)
     assert "KeyError: 'a bug'" in str(error)
@@ -219,7 +212,7 @@ def test_a_closed_lane_takes_no_job_and_stays_closed_when_it_is_replaced(tmp_pat
     _outcomes, pidfds = hang(lane, tmp_path)
     lane.close()
     lane.replace()  # as whoever is told that its job broke does
-    assert lane._executor is None
+    assert lane._worker is None
     with pytest.raises(InternalError, match="not open"):
         lane.start(PrepareJob("busybox"), lambda _outcome: None)
     assert [ends(pidfd) for pidfd in pidfds] == [True, True]
