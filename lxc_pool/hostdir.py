@@ -38,6 +38,20 @@ def key_path(host_dir: Path) -> Path:
     return host_dir / "authkey"
 
 
+def left_by_a_killed_service(host_dir: Path) -> tuple[Path, ...]:
+    """Return the paths of what a service has in *host_dir* while it runs, whether or not there is something.
+
+    Its socket and key; both half made; and the socket of the process that its workers are forked from.
+    """
+    names = ("pool.sock", "pool.sock.new", "authkey")
+    return (*(host_dir / name for name in names), *sorted(host_dir.glob(".authkey.*")), *fork_sockets(host_dir))
+
+
+def fork_sockets(host_dir: Path) -> tuple[Path, ...]:
+    """Return the sockets of processes that workers are forked from. Their names are `multiprocessing`'s."""
+    return tuple(sorted(host_dir.glob("listener-*")))
+
+
 def read_key(host_dir: Path) -> bytes:
     """Read the key, without following a link.
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import psutil
 
+from lxc_pool import hostdir
 from lxc_pool.host import bridge, cgroups, firewall, idranges, locks
 from lxc_pool.host.processes import ProcessIdentity, identify
 
@@ -192,8 +193,7 @@ def _sockets(host_dir: Path) -> Iterator[Trace]:
     """Find the socket, and the key to it, of a service that is gone."""
     if locks.is_held(host_dir / "service.lock"):
         return
-    left = [host_dir / name for name in ("pool.sock", "pool.sock.new", "authkey")]
-    for path in (*left, *sorted(host_dir.glob(".authkey.*"))):
+    for path in hostdir.left_by_a_killed_service(host_dir):
         if os.path.lexists(path):
             yield Trace("socket", str(path), f"{path}: no service runs here", _age(path), path=path)
 

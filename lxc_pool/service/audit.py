@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lxc_pool import hostdir
 from lxc_pool.backend.lxc import removal
 from lxc_pool.errors import BackendError, HostDirError, LxcPoolError
 from lxc_pool.host import bridge, firewall, locks, residue
@@ -169,8 +170,8 @@ def uninstall(state_dir: Path, host_dir: Path) -> tuple[str, ...]:
     for path in (lock_dir / "containers", lock_dir, state_dir / "containers"):
         _remove_directory(path, problems)
     shutil.rmtree(state_dir / "images", onerror=note)
-    for name in ("pool.sock", "pool.sock.new", "authkey", "service.lock"):
-        (host_dir / name).unlink(missing_ok=True)
+    for path in (*hostdir.left_by_a_killed_service(host_dir), host_dir / "service.lock"):
+        path.unlink(missing_ok=True)
     _remove_directory(host_dir, problems)
     # The id last: as long as it is there, this can be done again.
     for path in (*state_dir.glob("ledger.db*"), state_dir / "service.lock", state_dir / "instance"):

@@ -41,7 +41,7 @@ from lxc_pool.service.reload import reload
 from lxc_pool.service.server import PoolServer, listen
 from lxc_pool.service.service import PoolService
 from lxc_pool.service.watchdog import Watchdog
-from lxc_pool.service.worker import stop_fork_server
+from lxc_pool.service.worker import fork_server_in
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def serve(
         watchdog = Watchdog()
         watchdog.open()
         stack.callback(watchdog.close)
-        stack.callback(stop_fork_server)
+        stack.enter_context(fork_server_in(host_dir))
         lanes = [ProcessLane(backend) for _ in range(config.workers)]
         for lane in lanes:
             lane.open()

@@ -33,6 +33,8 @@ def host_dir(path: Path, group: int, key: bytes) -> Iterator[None]:
     """
     _make(path, 0o750, group)
     with _locked(path / "service.lock", f"host dir {path}"):
+        for left in hostdir.fork_sockets(path):
+            left.unlink(missing_ok=True)
         target = hostdir.key_path(path)
         partial = path / f".authkey.{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):

@@ -141,6 +141,32 @@ def test_a_release_during_which_the_service_dies_is_one(world: World, step: str)
         world.pool.container(container.name)
 
 
+def test_a_killed_service_leaves_no_socket_that_an_audit_or_the_next_one_does_not_find(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    service = FaultyService(images)
+    try:
+        state_dir = ("--state-dir", service.state_dir)
+        service.start(size=1).wait_ready()
+        for clean_up in (
+            lambda: service.cli("cleanup", "--execute", *state_dir),
+            lambda: service.start(size=1).wait_ready(),
+        ):
+            (ours,) = service.host_dir.glob("listener-*")
+            service.kill()
+            assert f"{ours}: no service runs here" in service.cli("audit", *state_dir).stdout
+            clean_up()
+            assert not ours.exists()
+            if service.process is None:
+                service.start(size=1).wait_ready()
+        service.stop()
+        assert sorted(path.name for path in service.host_dir.iterdir()) == ["service.lock"]
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        service.close()
+
+
 def test_who_waits_as_the_service_dies_goes_on_waiting_with_the_next_one(world: World) -> None:
     first = [get(world) for _ in range(2)]
     containers = [world.die("warm-before", lambda: [get(world) for _ in range(3)])]
