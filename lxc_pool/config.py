@@ -7,11 +7,10 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lxc_pool.errors import ConfigError
+from lxc_pool.table import Source, Table
 
 DEFAULT_CONFIG = Path("/etc/lxc-pool.toml")
 DEFAULT_HOST_DIR = Path("/run/lxc-pool")
@@ -22,11 +21,6 @@ MAX_LANES = 5
 
 MAX_SIZE = 1000
 """Warm containers of one pool at most. Origin: liblxc needs about 25 cgroup directories for each."""
-
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-_LEAST_SIZE = 8 << 20
-"""Bytes of memory or disk that a container can start with. A guess: a busybox one takes under 1 MiB of each."""
 
 REACHABLE = ("containers", "host", "metadata")
 """What containers on a bridge reach only if their profile says so: others whose profile says so too, the host's own
@@ -40,7 +34,6 @@ _MOST_RESOLVERS = 3
 """Source: resolv.conf(5), MAXNS."""
 
 _BRIDGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 _KERNELS_OWN = ("/proc", "/sys", "/dev")
 """What is mounted in each container anyhow, over whatever was there."""
@@ -163,6 +156,7 @@ class Config:
         max_waiters: Calls of one user that may wait at once; as before.
         max_connections: Connections that one user may have at once; as before.
         max_calls: Calls a second that are taken of one user; more have to wait. As before.
+        source: Where it was read, for the errors of what turns out later.
     """
 
     profiles: tuple[ProfileConfig, ...]
@@ -182,14 +176,14 @@ class Config:
     max_connections: int = 200
     max_calls: int = 2000
     network: NetworkConfig = NetworkConfig()
+    max: int | None = None
+    shrink_after: float = 300.0
+    source: Source = dataclasses.field(default=Source(), compare=False, repr=False)
 
     @property
     def wants_bridge(self) -> bool:
         """Whether any profile's containers are on the bridge."""
         return any(profile.network == "bridge" for profile in self.profiles)
-
-    max: int | None = None
-    shrink_after: float = 300.0
 
     @property
     def main(self) -> ProfileConfig:
@@ -236,7 +230,8 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from error
-    top = _Table(document, origin, "", text)
+    source = Source(origin, text)
+    top = Table(document, source)
     top.only("pool", "access", "network", "profile")
     pool, access = top.table("pool"), top.table("access")
     pool.only(
@@ -265,6 +260,7 @@ def parse(text: str, *, origin: str, size: int | None = None) -> Config:
         max_connections=access.integer("max_connections", 200, 1, 1_000_000),
         max_calls=access.integer("max_calls", 2000, 1, 1_000_000),
         network=_network(top.table("network")),
+        source=source,
     )
 
 
@@ -279,7 +275,7 @@ def check_size(size: object) -> int:
     return size
 
 
-def _network(keys: _Table) -> NetworkConfig:
+def _network(keys: Table) -> NetworkConfig:
     keys.only("bridge", "subnet", "nat", "dns")
     bridge = keys.string("bridge", "") if "bridge" in keys.values else None
     if bridge is not None and not _BRIDGE_NAME.fullmatch(bridge):
@@ -292,7 +288,7 @@ def _network(keys: _Table) -> NetworkConfig:
     )
 
 
-def _subnet(keys: _Table) -> ipaddress.IPv4Network:
+def _subnet(keys: Table) -> ipaddress.IPv4Network:
     text = keys.string("subnet", "")
     try:
         subnet = ipaddress.IPv4Network(text)
@@ -305,7 +301,7 @@ def _subnet(keys: _Table) -> ipaddress.IPv4Network:
     return subnet
 
 
-def _resolvers(keys: _Table) -> tuple[str, ...]:
+def _resolvers(keys: Table) -> tuple[str, ...]:
     resolvers = keys.strings("dns")
     if len(resolvers) > _MOST_RESOLVERS:
         raise keys.error("dns", f"must be at most {_MOST_RESOLVERS} addresses, not {len(resolvers)}")
@@ -319,7 +315,7 @@ def _resolvers(keys: _Table) -> tuple[str, ...]:
     return resolvers
 
 
-def _profiles(table: _Table, pool: _Table, override: int | None) -> tuple[ProfileConfig, ...]:
+def _profiles(table: Table, pool: Table, override: int | None) -> tuple[ProfileConfig, ...]:
     names = list(table.values) or ["default"]
     main = "default" if "default" in names else names[0]
     default_size = pool.integer("size", 5, 1, MAX_SIZE)
@@ -364,7 +360,7 @@ def _profiles(table: _Table, pool: _Table, override: int | None) -> tuple[Profil
     return tuple(profiles)
 
 
-def _reach(keys: _Table) -> tuple[str, ...]:
+def _reach(keys: Table) -> tuple[str, ...]:
     reach = keys.strings("reach")
     for what in reach:
         if what not in REACHABLE:
@@ -374,7 +370,7 @@ def _reach(keys: _Table) -> tuple[str, ...]:
     return tuple(what for what in REACHABLE if what in reach)
 
 
-def _mounts(keys: _Table) -> tuple[MountConfig, ...]:
+def _mounts(keys: Table) -> tuple[MountConfig, ...]:
     mounts: list[MountConfig] = []
     for table in keys.tables("mounts"):
         table.only("host_path", "dst", "readonly")
@@ -393,7 +389,7 @@ def _mounts(keys: _Table) -> tuple[MountConfig, ...]:
     return tuple(mounts)
 
 
-def _sizes(keys: _Table, default: int, *, given: bool) -> tuple[int, int | None, int | None]:
+def _sizes(keys: Table, default: int, *, given: bool) -> tuple[int, int | None, int | None]:
     """Return a profile's size, min and max; a size that nobody has *given* is as the other two allow."""
     least = keys.integer("min", 0, 0, MAX_SIZE) if "min" in keys.values else None
     most = keys.integer("max", 1, 1, MAX_SIZE) if "max" in keys.values else None
@@ -410,7 +406,7 @@ def _sizes(keys: _Table, default: int, *, given: bool) -> tuple[int, int | None,
     return size, least, most
 
 
-def _total(pool: _Table, profiles: tuple[ProfileConfig, ...]) -> int | None:
+def _total(pool: Table, profiles: tuple[ProfileConfig, ...]) -> int | None:
     """Return the most warm containers of all profiles together; None: no bound but theirs."""
     if "max" not in pool.values:
         return None
@@ -422,108 +418,3 @@ def _total(pool: _Table, profiles: tuple[ProfileConfig, ...]) -> int | None:
     if total == sum(leasts) and 0 in leasts:
         raise pool.error("max", f"must be above {total}, which the profiles' min add up to: some have min = 0")
     return total
-
-
-class _Table:
-    """One TOML table, with the words for its errors."""
-
-    def __init__(self, values: Mapping[str, Any], origin: str, path: str, text: str) -> None:
-        self.values = values
-        self._origin = origin
-        self._path = path
-        self._text = text
-
-    def error(self, key: str, problem: str) -> ConfigError:
-        dotted = f"{self._path}.{key}" if self._path else key
-        line = self._line(key)
-        return ConfigError(f"{self._origin}{f', line {line}' if line else ''}: {dotted}: {problem}")
-
-    def only(self, *known: str) -> None:
-        for key in self.values:
-            if key not in known:
-                raise self.error(key, f"unknown key; known here: {', '.join(known)}")
-
-    def table(self, key: str) -> _Table:
-        value = self.values.get(key, {})
-        if not isinstance(value, dict):
-            raise self.error(key, f"must be a table, not {value!r}")
-        return _Table(value, self._origin, f"{self._path}.{key}" if self._path else key, self._text)
-
-    def tables(self, key: str) -> list[_Table]:
-        value = self.values.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise self.error(key, f"must be a list of tables, not {value!r}")
-        path = f"{self._path}.{key}" if self._path else key
-        return [_Table(item, self._origin, path, self._text) for item in value]
-
-    def integer(self, key: str, default: int, least: int, most: int) -> int:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.error(key, f"must be an integer from {least} to {most}, not {value!r}")
-        return value
-
-    def boolean(self, key: str, *, default: bool = False) -> bool:
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, not {value!r}")
-        return value
-
-    def size(self, key: str, default: int, least: int = _LEAST_SIZE) -> int:
-        value = self.values.get(key, default)
-        match = re.fullmatch(r"(\d+)([KMGT]?)", str(value))
-        if isinstance(value, bool) or match is None or not (size := int(match[1]) << _UNITS[match[2]]) >= least:
-            raise self.error(key, f'must be bytes, or like "512M", and at least {least}, not {value!r}')
-        return size
-
-    def seconds(self, key: str, default: float) -> float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 86400:
-            raise self.error(key, f"must be a number of seconds above 0 and up to 86400, not {value!r}")
-        return float(value)
-
-    def string(self, key: str, default: str) -> str:
-        value = self.values.get(key, default)
-        if not isinstance(value, str) or not value or not value.isprintable():
-            raise self.error(key, f"must be a string of printable characters, not {value!r}")
-        return value
-
-    def path(self, key: str) -> Path | None:
-        if key not in self.values:
-            return None
-        path = Path(self.string(key, ""))
-        if not path.is_absolute():
-            raise self.error(key, f"must be an absolute path, not {str(path)!r}")
-        return path
-
-    def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = self.string(key, default)
-        if value not in allowed:
-            raise self.error(key, f"must be one of {', '.join(allowed)}, not {value!r}")
-        return value
-
-    def strings(self, key: str) -> tuple[str, ...]:
-        value = self.values.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            raise self.error(key, f"must be a list of strings, not {value!r}")
-        return tuple(value)
-
-    def environment(self, key: str) -> tuple[tuple[str, str], ...]:
-        table = self.table(key)
-        for name, value in table.values.items():
-            if not _VARIABLE.fullmatch(name):
-                raise table.error(name, "a variable's name is of A-Z, a-z, 0-9 and _, the first no digit")
-            if not isinstance(value, str) or "\0" in value:
-                raise table.error(name, f"must be a string without NUL, not {value!r}")
-        return tuple(table.values.items())
-
-    def _line(self, key: str) -> int | None:
-        """Find the line of *key* in this table; tomllib keeps no positions."""
-        table = ""
-        for number, line in enumerate(self._text.splitlines(), 1):
-            if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
-                table = header[1].replace('"', "").replace(" ", "")
-                if table == (f"{self._path}.{key}" if self._path else key):
-                    return number
-            elif table == self._path and re.match(rf"\s*\"?{re.escape(key)}\"?\s*[=.]", line):
-                return number
-        return None
