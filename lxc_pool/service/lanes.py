@@ -11,6 +11,7 @@ A killed worker breaks its whole executor, so each lane has one of its own.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -20,6 +21,8 @@ from lxc_pool.errors import InternalError
 from lxc_pool.host.processes import describe_tree
 from lxc_pool.service.jobs import CollectJob, CreateJob, DestroyJob, Job, Outcome, PrepareJob
 from lxc_pool.service.worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 class Lane(Protocol):
@@ -77,7 +80,12 @@ class ProcessLane:
             if self._closed or self._worker is None:
                 return
             self._worker.kill()
-            self.open()
+            try:
+                self.open()
+            except (
+                OSError
+            ) as error:  # no descriptor or process to be had: the next job finds it dead, and this is tried again
+                log.error("a lane's worker can't be started: %s", error)
 
     def close(self) -> None:
         """End the worker: in order if it is idle, else by force. The lane can't be opened again."""

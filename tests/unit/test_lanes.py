@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing.forkserver
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -132,6 +134,19 @@ def test_a_worker_that_dies_breaks_its_lane_until_that_is_replaced(lane: Process
     error = outcome(lane, PrepareJob("die"))
     assert isinstance(error, LaneBroken)
     assert "died" in str(error)
+    assert isinstance(outcome(lane, PrepareJob("busybox")), LaneBroken)
+    lane.replace()
+    assert isinstance(outcome(lane, PrepareJob("busybox")), Image)
+
+
+def test_a_lane_whose_new_worker_can_not_be_started_is_broken_until_it_can(
+    lane: ProcessLane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker_of(lane)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_start_fork_server", mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+        lane.replace()
+    assert "can't be started" in caplog.text
     assert isinstance(outcome(lane, PrepareJob("busybox")), LaneBroken)
     lane.replace()
     assert isinstance(outcome(lane, PrepareJob("busybox")), Image)
