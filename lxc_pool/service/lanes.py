@@ -82,10 +82,9 @@ class ProcessLane:
             self._worker.kill()
             try:
                 self.open()
-            except (
-                OSError
-            ) as error:  # no descriptor or process to be had: the next job finds it dead, and this is tried again
-                log.error("a lane's worker can't be started: %s", error)
+            except (OSError, RuntimeError) as error:  # no descriptor, process or thread is to be had
+                # The next job finds the old one dead, and this is tried again.
+                log.warning("a lane's worker can't be started: %s", error)
 
     def close(self) -> None:
         """End the worker: in order if it is idle, else by force. The lane can't be opened again."""
