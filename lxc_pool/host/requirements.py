@@ -33,6 +33,9 @@ _MIN_DESCRIPTORS = 4096
 GOOD_INOTIFY = 1024
 """inotify instances of one user, those of its containers included. A guess; Linux's own is 128."""
 
+APPARMOR_PROFILE = "lxc-container-default-cgns"
+"""That of containers which name none. Source: liblxc 5.0.2, src/lxc/lsm/apparmor.c, apparmor_prepare."""
+
 _TIMEOUT = 5.0
 """Seconds for a program that takes some milliseconds."""
 
@@ -80,6 +83,7 @@ def check(state_dir: Path, network: NetworkConfig | None = None, instance: str =
         user_namespaces(),
         descriptors(),
         inotify(),
+        apparmor(),
     )
     return found if network is None else (*found, bridge_network(network, instance))
 
@@ -215,6 +219,37 @@ def inotify() -> Requirement:
     return Requirement("inotify", True, f"{limit} instances")
 
 
+def apparmor(kernel_files: Path = Path("/sys")) -> Requirement:
+    """Check that containers can be started under liblxc's AppArmor profile, as they are where the kernel has AppArmor.
+
+    Where it is on, and the profile or the kernel's word on it is missing, liblxc starts none at all (measured, 5.0.2).
+
+    Args:
+        kernel_files: Where sysfs is mounted.
+    """
+    if not _is_on(kernel_files / "module/apparmor/parameters/enabled"):
+        fix = "boot with apparmor=1 security=apparmor; without it, containers are kept in by all else alone"
+        return Requirement("apparmor", False, "off, or not in this kernel", fix, advice=True)
+    security = kernel_files / "kernel/security"
+    try:
+        loaded = (security / "apparmor/profiles").read_text(encoding="utf-8", errors="replace").splitlines()
+    except PermissionError:
+        return Requirement("apparmor", False, "its profiles can't be seen without root", "run this check as root")
+    except OSError as error:
+        fix = f"mount -t securityfs securityfs {security}"
+        return Requirement("apparmor", False, f"on, but {error.filename}: {error.strerror}", fix)
+    # `NAME (MODE)`
+    modes = dict(line.rpartition(" (")[::2] for line in loaded)
+    if APPARMOR_PROFILE not in modes:
+        fix = "apparmor_parser -r /etc/apparmor.d/lxc-containers (of the package lxc; Debian: apt-get install apparmor)"
+        return Requirement("apparmor", False, f"on, but the profile {APPARMOR_PROFILE} is not loaded", fix)
+    mode = modes[APPARMOR_PROFILE].rstrip(")")
+    if mode != "enforce":
+        fix = f"aa-enforce {APPARMOR_PROFILE}; until then it forbids containers nothing"
+        return Requirement("apparmor", False, f"the profile {APPARMOR_PROFILE} is in mode {mode}", fix, advice=True)
+    return Requirement("apparmor", True, f"{APPARMOR_PROFILE} is enforced")
+
+
 def bridge_network(config: NetworkConfig, instance: str) -> Requirement:
     """Check that the network can be made that profiles want; see `bridge.plan`."""
     packages = {"ip": "iproute2", "nft": "nftables"}
@@ -260,6 +295,14 @@ def _knows_overlay() -> bool:
 def _version(text: str) -> tuple[int, int]:
     found = re.match(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _is_on(switch: Path) -> bool:
+    """Tell whether a boolean parameter of a kernel module is Y; one that is not there is not."""
+    try:
+        return switch.read_text(encoding="ascii").strip() == "Y"
+    except OSError:
+        return False
 
 
 def _number(path: str) -> int | None:

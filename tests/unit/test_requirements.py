@@ -238,3 +238,83 @@ def test_a_subnet_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     found = requirements.bridge_network(NetworkConfig(subnet=IPv4Network("10.60.0.0/25"), dns=()), "000000")
     assert not found.ok
     assert "overlaps 10.60.0.1/24 on eth7" in found.fix
+
+
+class Sysfs:
+    """A tree as sysfs and securityfs show AppArmor; both recorded on Debian 12, Linux 6.1."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.security = root / "kernel/security"
+        self.security.mkdir(parents=True)
+
+    def switch(self, value: str) -> None:
+        parameters = self.root / "module/apparmor/parameters"
+        parameters.mkdir(parents=True)
+        (parameters / "enabled").write_text(f"{value}\n")
+
+    def load(self, *profiles: str) -> None:
+        (self.security / "apparmor").mkdir()
+        (self.security / "apparmor/profiles").write_text("".join(f"{profile}\n" for profile in profiles))
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Sysfs:
+    return Sysfs(tmp_path)
+
+
+LOADED = (
+    "lxc-container-default-with-nesting (enforce)",
+    "lxc-container-default (enforce)",
+    "/usr/bin/lxc-start (enforce)",
+)
+
+
+def test_apparmor_with_liblxcs_profile_is_well(sysfs: Sysfs) -> None:
+    sysfs.switch("Y")
+    sysfs.load(*LOADED, "lxc-container-default-cgns (enforce)")
+    found = requirements.apparmor(sysfs.root)
+    assert (found.ok, found.fix, found.detail) == (True, "", "lxc-container-default-cgns is enforced")
+
+
+def test_a_host_without_apparmor_is_advised_to_have_it(sysfs: Sysfs) -> None:
+    absent = requirements.apparmor(sysfs.root)
+    sysfs.switch("N")
+    off = requirements.apparmor(sysfs.root)
+    assert absent == off
+    assert (off.ok, off.advice) == (False, True)
+    assert "boot with apparmor=1 security=apparmor" in off.fix
+
+
+def test_a_profile_that_is_not_loaded_is_lacking_for_nothing_starts_then(sysfs: Sysfs) -> None:
+    sysfs.switch("Y")
+    sysfs.load(*LOADED)
+    found = requirements.apparmor(sysfs.root)
+    assert (found.ok, found.advice) == (False, False)
+    assert "lxc-container-default-cgns is not loaded" in found.detail
+    assert "apparmor_parser -r" in found.fix
+
+
+def test_a_profile_that_only_complains_is_advised_against(sysfs: Sysfs) -> None:
+    sysfs.switch("Y")
+    sysfs.load(*LOADED, "lxc-container-default-cgns (complain)")
+    found = requirements.apparmor(sysfs.root)
+    assert (found.ok, found.advice) == (False, True)
+    assert "in mode complain" in found.detail
+
+
+def test_securityfs_that_is_not_mounted_is_named(sysfs: Sysfs) -> None:
+    sysfs.switch("Y")
+    found = requirements.apparmor(sysfs.root)
+    assert (found.ok, found.advice) == (False, False)
+    assert found.fix == f"mount -t securityfs securityfs {sysfs.security}"
+
+
+def test_the_profiles_can_be_seen_by_root_alone(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: Path, **_how: str) -> str:
+        raise PermissionError
+
+    sysfs.switch("Y")
+    monkeypatch.setattr(requirements, "_is_on", lambda _switch: True)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert requirements.apparmor(sysfs.root).fix == "run this check as root"
