@@ -174,9 +174,13 @@ PYTHON
 
 installed() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
+# Whether the kernel has AppArmor: then liblxc starts nothing until its profile is loaded.
+apparmor_is_on() { grep -qsx Y /sys/module/apparmor/parameters/enabled; }
+
 # Install what the machine lacks of `packages`, and a Python if it has none that serves. Sets `python`.
 install_packages() {
     local missing=() package
+    if apparmor_is_on; then packages+=(apparmor); fi
     for package in "${packages[@]}"; do
         installed "$package" || missing+=("$package")
     done

@@ -42,6 +42,7 @@ mount --rbind /sys/fs/cgroup /mnt
 mount -t sysfs sysfs /sys
 mount --rbind /mnt /sys/fs/cgroup
 umount -l /mnt
+if grep -qw securityfs /proc/filesystems; then mount -t securityfs securityfs /sys/kernel/security; fi
 exec "$@"
 """
 
@@ -60,7 +61,7 @@ class Namespace:
         return ["nsenter", f"--net={self.path}", *arguments]
 
     def service_command(self, *arguments: str) -> list[str]:
-        """Return a command that runs in it with a /sys that shows its devices, where liblxc looks for bridges."""
+        """Return a command that runs in it with a /sys that shows its devices: liblxc looks for bridges there, and for AppArmor."""
         return self.command("unshare", "--mount", "--propagation", "slave", "sh", "-ec", _OWN_SYSFS, "sh", *arguments)
 
     def run(self, *arguments: str, text: str = "") -> str:

@@ -100,6 +100,14 @@ def test_debian_and_its_kin_are_set_up(fields: dict[str, str], tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("answer", [True, False])
+def test_apparmor_is_installed_where_the_kernel_has_it(tmp_path: Path, answer: bool) -> None:
+    fakes = f"apparmor_is_on() {{ {str(answer).lower()}; }}; installed() {{ true; }}; find_python() {{ echo python3; }}"
+    done = bash(f'{fakes}; install_packages; echo "${{packages[@]}}"', tmp_path)
+    assert done.returncode == 0
+    assert ("apparmor" in done.stdout.split()) is answer
+
+
 def test_interpreter_that_fails_is_passed_over_for_one_that_works(tmp_path: Path) -> None:
     version = bash("python3 -c 'import sys; print(\"%d.%d\" % sys.version_info[:2])'", tmp_path).stdout.strip()
     executable(tmp_path / f"python{version}", "#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
