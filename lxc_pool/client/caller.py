@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,14 @@ class Caller:
         self._idle: deque[Connection] = deque()
         self._forsaken: deque[str] = deque()
 
-    def ask(self, call: messages.Call, timeout: float | None = CALL_TIMEOUT, descriptors: Sequence[int] = ()) -> Any:
+    def ask(
+        self,
+        call: messages.Call,
+        timeout: float | None = CALL_TIMEOUT,
+        descriptors: Sequence[int] = (),
+        *,
+        grace: float = 0.0,
+    ) -> Any:
         """Make a call; on a lost connection, make it again on a new one.
 
         Twice is as good as once for every call but a command's start, which is told by its descriptors. A command whose
@@ -45,17 +52,38 @@ class Caller:
             call: What to ask.
             timeout: Seconds until the service is given up; None: it may take for ever to answer.
             descriptors: Go beside the call.
+            grace: Seconds beyond *timeout* that a service has which is there; one that is not has *timeout* to come.
 
         Raises:
             ServiceUnavailable: No answer within *timeout*.
             LxcPoolError, TypeError, ValueError: The service's answer.
         """
+        return self._ask(lambda _remaining: call, timeout, descriptors, grace)
+
+    def ask_within(self, make: Callable[[float | None], messages.Call], timeout: float | None) -> Any:
+        """Make a call that the service answers after *timeout* seconds at the latest, by itself; raises as `ask`.
+
+        Args:
+            make: Makes the call, given the seconds that remain of *timeout*: fewer if it has to be made again.
+            timeout: Seconds; None: for ever.
+        """
+        return self._ask(make, timeout, (), GRACE)
+
+    def _ask(
+        self,
+        make: Callable[[float | None], messages.Call],
+        timeout: float | None,
+        descriptors: Sequence[int],
+        grace: float,
+    ) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
+        patience = None if deadline is None else deadline + grace
         again = False
         while True:
-            connection = self.borrow(deadline, again=again)
+            connection = self.borrow(deadline, again=again, grace=grace)
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                result = connection.call(call, deadline, descriptors)
+                result = connection.call(make(remaining), patience, descriptors)
             except (LxcPoolError, TypeError, ValueError):  # first: AccessDenied is an OSError, too
                 self.give_back(connection)
                 raise
@@ -63,7 +91,7 @@ class Caller:
                 connection.close()
                 if descriptors and isinstance(error, AnswerLost):
                     return None
-                if deadline is not None and time.monotonic() >= deadline:
+                if patience is not None and time.monotonic() >= patience:
                     raise ServiceUnavailable(
                         f"the service in {self.host_dir} did not answer within {timeout:g} s"
                     ) from error
@@ -75,7 +103,7 @@ class Caller:
                 self.give_back(connection)
                 return result
 
-    def borrow(self, deadline: float | None, *, again: bool) -> Connection:
+    def borrow(self, deadline: float | None, *, again: bool, grace: float = 0.0) -> Connection:
         """Take an idle connection, or make one; see `Connection.open`. It is the caller's to give back or close."""
         while True:
             try:
@@ -87,8 +115,8 @@ class Caller:
             connection.close()
         until = time.monotonic() + CALL_TIMEOUT if deadline is None else deadline
         while True:
-            connection = Connection.open(self.host_dir, until, again=again)
-            if self._abandon_forsaken(connection, until):
+            connection = Connection.open(self.host_dir, until, again=again, grace=grace)
+            if self._abandon_forsaken(connection, until + grace):
                 return connection
             connection.close()
 
@@ -142,3 +170,20 @@ def check_seconds(name: str, value: object) -> float:
 def check_timeout(name: str, value: object) -> float | None:
     """Return a number of seconds, or None; raises as `check_seconds` does."""
     return None if value is None else check_seconds(name, value)
+
+
+_FOR_EVER = 1e9
+"""Seconds, 32 years, from which on a wait has no end: poll(2) can't count so many."""
+
+
+def check_wait(value: object) -> float | None:
+    """Return the seconds that `subprocess` would wait: negative ones are over at once; None: for ever.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not a number of seconds.
+    """
+    if isinstance(value, (int, float)) and value < 0:
+        return -1.0
+    seconds = check_timeout("timeout", value)
+    return None if seconds is None or seconds > _FOR_EVER else seconds

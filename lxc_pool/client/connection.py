@@ -39,7 +39,7 @@ class Connection:
         self._pid = os.getpid()
 
     @classmethod
-    def open(cls, host_dir: Path, deadline: float, *, again: bool = False) -> Connection:
+    def open(cls, host_dir: Path, deadline: float, *, again: bool = False, grace: float = 0.0) -> Connection:
         """Connect, waiting until *deadline* (monotonic) for a service that is not there yet.
 
         Args:
@@ -47,6 +47,7 @@ class Connection:
             deadline: When to give up.
             again: There was a connection before: if the socket has been removed, the service has ended in order, and
                 there is little to wait for.
+            grace: Seconds beyond *deadline* that a service which is there has for its part of connecting.
 
         Raises:
             ServiceUnavailable, AccessDenied, AuthenticationFailed, HostDirError: See `PoolManager.connect`.
@@ -54,7 +55,7 @@ class Connection:
         began = time.monotonic()
         while True:
             try:
-                return cls(_connect(host_dir, deadline))
+                return cls(_connect(host_dir, deadline + grace))
             except FileNotFoundError as error:
                 reason = f"there is no {error.filename}"
                 if again:

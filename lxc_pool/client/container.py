@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from lxc_pool.client import files, mounts, process
-from lxc_pool.client.caller import GRACE, Caller, check_seconds, check_timeout
+from lxc_pool.client.caller import CALL_TIMEOUT, GRACE, Caller, check_seconds, check_timeout, check_wait
 from lxc_pool.errors import ExecFailed, LxcPoolError, PoolTimeout, UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.model import ContainerInfo, LeaseId, State
@@ -126,8 +127,8 @@ class Container:
             UnknownLease, LeaseExpired: The lease has ended.
         """
         timeout = check_timeout("timeout", timeout)
-        found: tuple[str, ...] | str = self._caller.ask(
-            messages.AwaitNetwork(self.name, timeout), None if timeout is None else timeout + GRACE
+        found: tuple[str, ...] | str = self._caller.ask_within(
+            functools.partial(messages.AwaitNetwork, self.name), timeout
         )
         if isinstance(found, str):
             raise PoolTimeout(f"{self.name} has no network after {timeout:g} s: {found}")
@@ -170,7 +171,7 @@ class Container:
             TypeError, ValueError: An argument is wrong.
         """
         return process.run(
-            self._launch,
+            functools.partial(self._launch, timeout=check_wait(timeout)),
             args,
             input=input,
             capture_output=capture_output,
@@ -266,7 +267,7 @@ class Container:
         """
         with self._lease_required():
             return files.push(
-                self._launch,
+                functools.partial(self._launch, timeout=check_timeout("timeout", timeout)),
                 src,
                 dst,
                 owner=owner,
@@ -312,7 +313,7 @@ class Container:
         """
         with self._lease_required():
             return files.pull(
-                self._launch,
+                functools.partial(self._launch, timeout=check_timeout("timeout", timeout)),
                 src,
                 dst,
                 max_bytes=max_bytes,
@@ -389,13 +390,23 @@ class Container:
         """End the lease; the container is destroyed in the background. Releasing twice is as good as once.
 
         Raises:
-            ServiceUnavailable: The service can't be reached.
+            ServiceUnavailable: The service can't be reached: the lease goes on, and may be released again.
         """
         if self._released:
             return
         self._released = True
-        with contextlib.suppress(UnknownLease):  # it has ended already
+        try:
             self._caller.ask(messages.Release(self.name))
+        except UnknownLease:  # it has ended already
+            pass
+        except LxcPoolError:
+            self._released = False
+            raise
+        except BaseException:
+            # Ctrl-C or a test's timeout: whoever was leaving the lease's block won't come back to it.
+            with contextlib.suppress(LxcPoolError):
+                self._caller.ask(messages.Release(self.name), _FINALIZER_TIMEOUT)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -433,9 +444,16 @@ class Container:
         """Hand what is to be mounted to the service."""
         self._caller.ask(messages.Mount(self.name, destination, readonly), descriptors=descriptors)
 
-    def _launch(self, request: ExecRequest, descriptors: tuple[int, int, int, int]) -> None:
-        """Hand a command and its descriptors to the service."""
-        self._caller.ask(messages.Execute(self.name, request.encode()), descriptors=descriptors)
+    def _launch(
+        self, request: ExecRequest, descriptors: tuple[int, int, int, int], *, timeout: float | None = None
+    ) -> None:
+        """Hand a command and its descriptors to the service, which has *timeout* seconds to come if it is not there."""
+        self._caller.ask(
+            messages.Execute(self.name, request.encode()),
+            CALL_TIMEOUT if timeout is None else min(max(0.0, timeout), CALL_TIMEOUT),
+            descriptors,
+            grace=GRACE,
+        )
 
 
 def _unpickle(caller: Caller, info: ContainerInfo) -> Container:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import select
 import time
@@ -81,7 +83,9 @@ class PoolServiceProxy(managers.BaseProxy):
             raise TypeError(f"n must be an int or None, not {n!r}")
         timeout = check_timeout("timeout", timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
-        status = self.status()
+        status: PoolStatus = self._caller.ask(
+            messages.GetStatus(), CALL_TIMEOUT if timeout is None else min(timeout, CALL_TIMEOUT), grace=GRACE
+        )
         wanted = status.capacity if n is None else n
         if not 0 <= wanted <= status.capacity:
             raise ValueError(f"n must be 0 to the pool's capacity, {status.capacity}, not {n}")
@@ -94,9 +98,7 @@ class PoolServiceProxy(managers.BaseProxy):
             if (remaining is not None and remaining <= 0) or not status.running:
                 raise PoolTimeout(_not_ready(status, wanted, timeout))
             step = wanted if progress is None else status.size + 1
-            status = self._caller.ask(
-                messages.AwaitWarm(step, remaining), None if remaining is None else remaining + GRACE
-            )
+            status = self._caller.ask_within(functools.partial(messages.AwaitWarm, step), remaining)
 
     def get(
         self,
@@ -275,7 +277,7 @@ class PoolServiceProxy(managers.BaseProxy):
         while True:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             patience = None if remaining is None else time.monotonic() + remaining + GRACE
-            connection = self._caller.borrow(patience, again=again)
+            connection = self._caller.borrow(deadline, again=again, grace=GRACE)
             try:
                 offer = connection.call(
                     messages.Get(wish.request, wish.id, remaining, wish.profile, wish.owner, wish.ttl), patience
@@ -283,7 +285,10 @@ class PoolServiceProxy(managers.BaseProxy):
                 if isinstance(offer, str):
                     self._caller.give_back(connection)
                     return offer
-                info = connection.call(messages.Confirm(wish.request), time.monotonic() + CALL_TIMEOUT)
+                remaining = math.inf if deadline is None else max(0.0, deadline - time.monotonic())
+                info = connection.call(
+                    messages.Confirm(wish.request), time.monotonic() + min(CALL_TIMEOUT, remaining + GRACE)
+                )
                 container = (
                     None if info is None else Container(self._caller, info, owned=wish.owner in (None, os.getpid()))
                 )

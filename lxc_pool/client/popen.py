@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import IO, Any, Self
 
+from lxc_pool.client.caller import check_wait
 from lxc_pool.client.communication import Communication
 from lxc_pool.client.control import Control
 from lxc_pool.client.stdio import Streams, Target
@@ -115,6 +116,7 @@ class Process:
             ExecFailed: The container can't be entered, or has ended.
             subprocess.SubprocessError: text and universal_newlines contradict each other.
         """
+        deadline = None if start_timeout is None else time.monotonic() + start_timeout
         wanted = _terminal(tty, stdin, stdout, stderr)
         request = ExecRequest.create(args, env, cwd, user, wanted)
         if not isinstance(bufsize, int):
@@ -139,7 +141,7 @@ class Process:
             with other:
                 launch(request, (*streams.theirs, other.fileno()))
             streams.sent()
-            process._await_start(request, start_timeout)
+            process._await_start(request, deadline)
             process._open_files(as_text, encoding, errors, bufsize)
         except BaseException as exc:
             process.abort(wait=process.pid > 0 or isinstance(exc, subprocess.TimeoutExpired))
@@ -168,8 +170,9 @@ class Process:
             subprocess.TimeoutExpired: It runs on.
             ExecFailed: Its supervisor was killed: nobody knows.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        code = self._control.await_exit(timeout)
+        patience = check_wait(timeout)
+        deadline = None if patience is None else time.monotonic() + patience
+        code = self._control.await_exit(patience)
         if code is None or not self._streams.settle(_left(deadline)):
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return code
@@ -188,7 +191,8 @@ class Process:
             self._communication = Communication(self.stdin, self.stdout, self.stderr, input)
         elif input:
             raise ValueError("Cannot send input after starting communication")
-        deadline = None if timeout is None else time.monotonic() + timeout
+        patience = check_wait(timeout)
+        deadline = None if patience is None else time.monotonic() + patience
         try:
             if not self._communication.run(deadline):
                 raise self.timeout_expired(timeout)
@@ -299,10 +303,10 @@ class Process:
             os.close(self.terminal)
             self.terminal = None
 
-    def _await_start(self, request: ExecRequest, timeout: float | None) -> None:
-        event = self._control.await_start(timeout)
+    def _await_start(self, request: ExecRequest, deadline: float | None) -> None:
+        event = self._control.await_start(_left(deadline))
         if event is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            raise subprocess.TimeoutExpired(self.args, 0.0)
         if isinstance(event, Started):
             self.pid = event.pid
             self.terminal = self._control.take_terminal()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from lxc_pool.client.caller import check_wait
 from lxc_pool.client.popen import Args, Launch, Path, Process
 from lxc_pool.client.stdio import Target
 
@@ -57,7 +58,7 @@ def run(
         subprocess.TimeoutExpired: *timeout* is over; no process of the command is left, and `output` and `stderr` hold
             what it wrote (bytes).
         ValueError: *input* with *stdin*, *capture_output* with *stdout* or *stderr*; and as `Process.start`.
-        TypeError: As `Process.start`.
+        TypeError: *timeout* is no number; and as `Process.start`.
         OSError: As `Process.start`.
         ExecFailed: As `Process.start` and `Process.kill_tree`.
     """
@@ -69,22 +70,26 @@ def run(
         if stdout is not None or stderr is not None:
             raise ValueError("stdout and stderr arguments may not be used with capture_output.")
         stdout = stderr = subprocess.PIPE
-    deadline = None if timeout is None else time.monotonic() + timeout
-    process = Process.start(
-        launch,
-        args,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        text=text,
-        encoding=encoding,
-        errors=errors,
-        universal_newlines=universal_newlines,
-        env=env,
-        cwd=cwd,
-        user=user,
-        start_timeout=timeout,
-    )
+    patience = check_wait(timeout)
+    deadline = None if patience is None else time.monotonic() + patience
+    try:
+        process = Process.start(
+            launch,
+            args,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            text=text,
+            encoding=encoding,
+            errors=errors,
+            universal_newlines=universal_newlines,
+            env=env,
+            cwd=cwd,
+            user=user,
+            start_timeout=patience,
+        )
+    except subprocess.TimeoutExpired as late:
+        raise subprocess.TimeoutExpired(late.cmd, timeout or 0.0) from None
     try:
         output, error_output = process.communicate(input, _left(deadline))
     except subprocess.TimeoutExpired:

@@ -144,3 +144,12 @@ def test_a_release_ends_the_commands_that_run(pool: PoolServiceProxy) -> None:
         assert command.wait(10) == -9
         with pytest.raises(LeaseExpired, match="released"):
             container.run(["true"])
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**400])
+def test_a_timeout_that_nobody_lives_to_see_is_none(container: Container, timeout: float) -> None:
+    done = container.run(["sh", "-c", "cat; exit 3"], input=b"x", capture_output=True, timeout=timeout)
+    assert (done.returncode, done.stdout) == (3, b"x")
+    process = container.popen(["true"])
+    assert process.wait(timeout) == 0
+    process.close()

@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lxc_pool import Container, ContainerId, PoolManager, PoolServiceProxy, host
 from lxc_pool.backend.memory import HANG
 from lxc_pool.client import caller as caller_module
 from lxc_pool.client import connection as connection_module
+from lxc_pool.client import container as container_module
 from lxc_pool.client import pool as pool_module
 from lxc_pool.client.connection import Connection
 from lxc_pool.errors import (
@@ -37,6 +39,7 @@ from lxc_pool.errors import (
     AuthenticationFailed,
     ConfigError,
     HostDirError,
+    InternalError,
     LeaseExpired,
     LxcPoolError,
     PoolClosed,
@@ -710,6 +713,115 @@ def test_a_service_that_does_not_answer_is_given_up_in_time(
     go_on.set()
     assert pool.echo("x") == "x"
     service.reaches(leased=0, reserved=0)
+
+
+@pytest.mark.timeout(20)  # instead of the patience that there is for a service which answers
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pool, _container: pool.get("x", 0.1),
+        lambda pool, _container: pool.get("x", 0),
+        lambda pool, _container: pool.wait_ready(1, 0.1),
+        lambda _pool, container: container.wait_for_network(0.1),
+        lambda _pool, container: container.run(["true"], timeout=0.1),
+        lambda _pool, container: container.push("/etc/passwd", "/tmp", timeout=0.1),
+    ],
+    ids=["get", "get at once", "wait_ready", "wait_for_network", "run", "push"],
+)
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "not connected"])
+def test_a_service_that_was_killed_has_the_calls_own_time_to_come_back_and_no_more(
+    service: MemoryService,
+    pool: PoolServiceProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[[PoolServiceProxy, Container], object],
+    *,
+    connected: bool,
+) -> None:
+    for module in (caller_module, pool_module, container_module):
+        monkeypatch.setattr(module, "GRACE", 1000.0)
+        monkeypatch.setattr(module, "CALL_TIMEOUT", 1000.0)
+    container = pool.get("held", SOON)
+    assert container is not None
+    crash(service)
+    if not connected:
+        pool.close()
+    with pytest.raises(ServiceUnavailable, match="no service answers"):
+        call(pool, container)
+    container._released = True
+
+
+def test_a_wait_that_a_restart_interrupts_is_over_when_it_was_to_be(
+    service: MemoryService, pool: PoolServiceProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = take_all(service, pool)
+    asked: list[float | None] = []
+    call = Connection.call
+
+    def lost(connection: Connection, what: messages.Call, *arguments: Any) -> object:
+        if isinstance(what, messages.AwaitWarm):
+            asked.append(what.timeout)
+            if len(asked) == 1:
+                time.sleep(0.1)
+                raise EOFError
+        return call(connection, what, *arguments)
+
+    monkeypatch.setattr(Connection, "call", lost)
+    with pytest.raises(PoolTimeout):
+        pool.wait_ready(1, 0.3)
+    first, second = asked
+    assert first is not None
+    assert second is not None
+    assert second <= first - 0.1
+    for container in taken:
+        container.release()
+
+
+def test_a_release_that_failed_may_be_tried_again(service: MemoryService, pool: PoolServiceProxy) -> None:
+    container = pool.get("x", SOON)
+    assert container is not None
+    answer = service.service.answer
+
+    def refuse(*_arguments: object) -> None:
+        raise InternalError("a fault of the test's")
+
+    service.service.answer = refuse  # type: ignore[assignment]  # what a service says that is in trouble
+    with pytest.raises(InternalError):
+        container.release()
+    service.service.answer = answer  # type: ignore[method-assign]
+    assert container.state is State.LEASED
+    container.release()
+    service.reaches(leased=0)
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["before it was sent", "after"])
+def test_an_interrupt_of_a_release_does_not_keep_the_container(
+    service: MemoryService, pool: PoolServiceProxy, monkeypatch: pytest.MonkeyPatch, *, sent: bool
+) -> None:
+    call = Connection.call
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupted(connection: Connection, what: messages.Call, *arguments: Any) -> object:
+        answer = call(connection, what, *arguments) if sent else None
+        for interrupt in interrupts:
+            raise interrupt
+        return answer if sent else call(connection, what, *arguments)
+
+    with pytest.raises(KeyboardInterrupt), pool.lease("x", SOON):
+        monkeypatch.setattr(Connection, "call", interrupted)
+    monkeypatch.undo()
+    service.reaches(leased=0, reaping=0, size=2)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "kind"), [("5", TypeError), (Decimal(5), TypeError), (True, TypeError), (math.nan, ValueError)]
+)
+def test_a_commands_timeout_is_a_number_of_seconds(
+    pool: PoolServiceProxy, timeout: Any, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pool.lease("x", SOON) as container, monkeypatch.context() as patch:
+        patch.setattr(Connection, "call", None)  # nothing is sent
+        with pytest.raises(kind, match="timeout must be"):
+            container.run(["true"], timeout=timeout)
 
 
 def test_a_command_whose_start_is_in_doubt_is_not_started_twice(
