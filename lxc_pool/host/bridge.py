@@ -47,6 +47,9 @@ Source: systemd-resolved(8)."""
 
 _FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 
+_KINDS = "abcdefgh"
+"""Letters for the sets of what containers may reach; see `port_name`."""
+
 _TIMEOUT = 10.0
 """Seconds for a program that takes some milliseconds."""
 
@@ -92,7 +95,13 @@ def device_prefix(instance: str) -> str:
 
 def port_kind(reach: Iterable[str]) -> str:
     """Return the letter for what a profile reaches: one for each set of what there is."""
-    return "abcdefgh"[sum(1 << REACHABLE.index(what) for what in reach)]
+    return _KINDS[sum(1 << REACHABLE.index(what) for what in reach)]
+
+
+def reach_of(port: str) -> tuple[str, ...]:
+    """Return what whoever has a port of that name reaches; the inverse of `port_name`."""
+    number = _KINDS.index(port[-4])
+    return tuple(what for bit, what in enumerate(REACHABLE) if number >> bit & 1)
 
 
 def port_name(instance: str, reach: Iterable[str], number: int) -> str:

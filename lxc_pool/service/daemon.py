@@ -28,7 +28,6 @@ from lxc_pool.host import residue
 from lxc_pool.model import State
 from lxc_pool.service import authkey, directories
 from lxc_pool.service.access import Policy
-from lxc_pool.service.addresses import AddressBook
 from lxc_pool.service.directories import name_prefix
 from lxc_pool.service.dispatcher import Dispatcher
 from lxc_pool.service.lanes import ProcessLane
@@ -108,7 +107,6 @@ def serve(
         stack.callback(ledger.close)
         entries = ledger.open()
         network = stack.enter_context(pool_network(config, instance, functools.partial(read_ledger, ledger.path)))
-        addresses = AddressBook(network.network, entries)
         pool = Pool(
             config,
             lanes,
@@ -116,8 +114,8 @@ def serve(
             ledger,
             new_name=_names(instance).__next__,
             wake=dispatcher.wake,
-            obstacle=lambda min_free: _obstacle(state_dir, min_free) or network.obstacle(),
-            addresses=addresses,
+            obstacle=lambda min_free: network.obstacle() or _obstacle(state_dir, min_free),
+            addresses=network.addresses,
         )
         stack.callback(pool.let_go)
         present = [
@@ -129,7 +127,7 @@ def serve(
                 if trace.kind != "netdev"
             ),
         ]
-        pool.restore(judge(entries, present, config, backend.newest, watchdog.now(), fits=addresses.fits))
+        pool.restore(judge(entries, present, config, backend.newest, watchdog.now(), fits=network.addresses.fits))
         dispatcher.open()
         stack.callback(dispatcher.close)
         launcher = Launcher()
@@ -157,7 +155,7 @@ def serve(
                 server.serve_forever()
                 if ending.reload and not ending.begun:
                     ending.reload = False
-                    reload(load or (lambda: config), config, pool, service)
+                    reload(load or (lambda: config), pool, service, network)
             service.stopping = True
             _end(pool, ending, server)
         stack.pop_all().close()

@@ -78,7 +78,8 @@ class Pool:
         self._config = config
         self._watch = watch
         rng = rng or random.Random()  # noqa: S311  # for jitter
-        self._stock = Stock(config.profiles, journal, rng, wake)
+        addresses = addresses or AddressBook(None)
+        self._stock = Stock(config.profiles, journal, rng, wake, addresses.fits)
         self._lock = self._stock.lock
         self._leases = Leases(self._stock)
         self._owners = Owners(self._lock, watch, self._owner_died)
@@ -105,7 +106,7 @@ class Pool:
             watch,
             new_name=new_name,
             obstacle=obstacle,
-            addresses=addresses or AddressBook(None),
+            addresses=addresses,
             before=self._sizing.look_after,
             image_ready=self._renewal.image_ready,
             came_up=self._handoff.put,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from lxc_pool.config import Config
 from lxc_pool.errors import ConfigError
@@ -20,54 +20,48 @@ _FIXED: Final = {
     "id_base": "pool.id_base",
     "group": "access.group",
     "key_file": "access.key_file",
-    "network": "the table network",
 }
-"""What has been given away at the start: to the lanes, containers that run, files in the host dir, the host."""
+"""What has been given away at the start: to the lanes, containers that run, files in the host dir."""
 
 
-def reload(load: Callable[[], Config], began: Config, pool: Pool, service: PoolService) -> None:
+class Network(Protocol):
+    """What `reload` needs of the pool's network; see `PoolNetwork`."""
+
+    def prepare(self, config: Config) -> None:
+        """Make what *config* needs, beside what there is; it raises ConfigError if that can't be."""
+
+    def settle(self, config: Config) -> None:
+        """Remove what nobody needs any more, now that *config* is in force."""
+
+
+def reload(load: Callable[[], Config], pool: Pool, service: PoolService, network: Network) -> None:
     """Let the configuration that *load* returns be in force; if it is refused, all stays as it was.
 
     What came of it is in the log, and in the status for as long as the service does not do what the file says.
 
     Args:
         load: Reads it.
-        began: What the service began with.
         pool: Whose containers are made as it says.
         service: Whose users it is about.
+        network: What containers are on.
     """
     before = service.config
     try:
         wanted = load()
-        _require_network(wanted, began)
         kept = {field: getattr(before, field) for field in _FIXED if getattr(wanted, field) != getattr(before, field)}
         config = dataclasses.replace(wanted, **kept)
         policy = Policy(config)
+        network.prepare(config)  # last: what it has done, is done
     except ConfigError as error:
         service.configuration_notice = f"the new configuration is refused, the one before stays: {error}"
         log.error("%s", service.configuration_notice)  # noqa: TRY400  # not our failure: the words say it all
         return
     service.reconfigure(config, policy)  # first: nobody is to have what the new one makes by what the old one allows
     pool.reconfigure(config)
+    network.settle(config)
     service.configuration_notice = None
     log.info("the configuration has been read again, and is in force")
     if kept:
         keys = ", ".join(_FIXED[field] for field in kept)
         service.configuration_notice = f"a new value waits for the next start of the service: {keys}"
         log.warning("%s", service.configuration_notice)
-
-
-def _require_network(wanted: Config, began: Config) -> None:
-    """Refuse profiles that the network has not been made for: there are no rules of the firewall that they need.
-
-    Raises:
-        ConfigError: The message says which, and what to do.
-    """
-    known = {profile.reach for profile in began.profiles if profile.network == "bridge"}
-    for profile in wanted.profiles:
-        if profile.network == "bridge" and profile.reach not in known:
-            reach = ", ".join(profile.reach) or "nothing"
-            raise ConfigError(
-                f'profile.{profile.name}: no profile had network = "bridge" and reached {reach} when the service '
-                "began; restart it for that (`lxc-pool stop --keep-leases` keeps the leases)"
-            )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Final
 
+from lxc_pool.backend.protocol import Endpoint
 from lxc_pool.config import ProfileConfig
 from lxc_pool.images.store import Image
 from lxc_pool.model import ProfileStatus, State
@@ -17,6 +19,10 @@ from lxc_pool.service.watchdog import Timer
 _SURGE: Final = 4
 """Outdated containers are replaced so many times fewer at once than the shelf has, but one at least. A guess: few
 enough beside the others not to be noticed, enough to be through with many slow ones."""
+
+
+Fits = Callable[[Endpoint | None, ProfileConfig], bool]
+"""Whether a container's place in the network is what one of that profile would get now."""
 
 
 class Shelf:
@@ -42,7 +48,7 @@ class Shelf:
         period: The timer of that.
     """
 
-    def __init__(self, profile: ProfileConfig, rng: random.Random) -> None:
+    def __init__(self, profile: ProfileConfig, rng: random.Random, fits: Fits) -> None:
         self.profile = profile
         self.recipe = profile.recipe
         self.capacity = profile.size
@@ -50,6 +56,7 @@ class Shelf:
         self._warm: deque[Member] = deque()
         self._outdated: deque[Member] = deque()
         self._allowed = {self.recipe}
+        self._fits = fits
         self.waiters = WaitQueue()
         self.counts: Counter[State] = Counter()
         self.backoff = Backoff(rng)
@@ -103,7 +110,11 @@ class Shelf:
 
     def is_current(self, member: Member) -> bool:
         """Whether a container is what would be made now."""
-        return member.recipe == self.recipe and (self.image is None or member.image == self.image.ref)
+        return (
+            member.recipe == self.recipe
+            and (self.image is None or member.image == self.image.ref)
+            and self._fits(member.endpoint, self.profile)
+        )
 
     def bars(self, member: Member) -> bool:
         """Whether a container must not be handed out: it was made for others than may have the profile now."""
@@ -117,11 +128,13 @@ class Shelf:
         """Let new ones be made as *profile* wants it.
 
         Old ones are barred if they are other containers and were for other people: one for administrators, say, whose
-        root is the host's, of a profile that is now for everybody.
+        root is the host's, of a profile that is now for everybody. And if they reach what is out of reach now.
         """
         old, recipe = self.profile, self.recipe
         self.profile, self.recipe = profile, profile.recipe
-        if (old.privileged, old.allow) != (profile.privileged, profile.allow):
+        others = (old.privileged, old.allow) != (profile.privileged, profile.allow)
+        reached = {old.network, *old.reach} - {"empty"}
+        if others or not reached <= {profile.network, *profile.reach}:
             self._allowed.clear()
         self._allowed.add(self.recipe)
         if profile.image != old.image:

@@ -13,7 +13,7 @@ from lxc_pool.errors import BackendError
 from lxc_pool.model import State
 from lxc_pool.service.ledger import Entry, Journal
 from lxc_pool.service.lifecycle import Member
-from lxc_pool.service.shelf import Shelf
+from lxc_pool.service.shelf import Fits, Shelf
 
 
 class Stock:
@@ -31,12 +31,16 @@ class Stock:
     """
 
     def __init__(
-        self, profiles: Sequence[ProfileConfig], journal: Journal, rng: random.Random, wake: Callable[[], None]
+        self,
+        profiles: Sequence[ProfileConfig],
+        journal: Journal,
+        rng: random.Random,
+        wake: Callable[[], None],
+        fits: Fits,
     ) -> None:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.members: dict[str, Member] = {}
-        self.shelves = {profile.name: Shelf(profile, rng) for profile in profiles}
         self.to_reap: OrderedDict[str, Member] = OrderedDict()
         self.draining = False
         self.closed = False
@@ -45,6 +49,8 @@ class Stock:
         self.wake = wake
         self._journal = journal
         self._rng = rng
+        self._fits = fits
+        self.shelves = {profile.name: self._shelf(profile) for profile in profiles}
 
     def shelf_of(self, member: Member) -> Shelf:
         """Return the shelf of a container's profile."""
@@ -52,7 +58,7 @@ class Stock:
 
     def arrange(self, profiles: Sequence[ProfileConfig]) -> None:
         """Have a shelf for each of *profiles*, in their order, though not changed yet; those of others are retired."""
-        shelves = {profile.name: self.shelves.get(profile.name) or Shelf(profile, self._rng) for profile in profiles}
+        shelves = {profile.name: self.shelves.get(profile.name) or self._shelf(profile) for profile in profiles}
         for shelf in shelves.values():
             shelf.retired = False
         for name, shelf in self.shelves.items():
@@ -64,7 +70,7 @@ class Stock:
     def add_retired(self, profile: ProfileConfig) -> None:
         """Have a shelf for a profile that the configuration does not have, if there is none."""
         if profile.name not in self.shelves:
-            shelf = self.shelves[profile.name] = Shelf(profile, self._rng)
+            shelf = self.shelves[profile.name] = self._shelf(profile)
             shelf.retired = True
             shelf.capacity = shelf.least = shelf.most = 0
 
@@ -132,6 +138,9 @@ class Stock:
             BackendError: The ledger could not be written.
         """
         self._write(member, member.state)
+
+    def _shelf(self, profile: ProfileConfig) -> Shelf:
+        return Shelf(profile, self._rng, self._fits)
 
     def _record(self, member: Member, state: State) -> None:
         """Write a move down before it is made, where a restart would go wrong without it."""

@@ -13,7 +13,7 @@ import pytest
 from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.errors import AccessDenied, ConfigError, QuotaExceeded
 from lxc_pool.service.access import Peer, Policy
-from lxc_pool.service.reload import reload
+from lxc_pool.service.reload import Network, reload
 from lxc_pool.wire import messages
 from tests.support.memory_service import MemoryService, memory_service, say
 
@@ -26,9 +26,26 @@ def service() -> Iterator[MemoryService]:
         yield service
 
 
-def change(service: MemoryService, **fields: object) -> None:
+class NoNetwork:
+    """What containers of the memory backend are on; with profiles that want one, nothing is changed either."""
+
+    def prepare(self, _config: Config) -> None:
+        pass
+
+    def settle(self, _config: Config) -> None:
+        pass
+
+
+class Refusing(NoNetwork):
+    """A host that has no room for a network."""
+
+    def prepare(self, _config: Config) -> None:
+        raise ConfigError("/etc/lxc-pool.toml, line 3: network.subnet: it is taken")
+
+
+def change(service: MemoryService, *, network: Network | None = None, **fields: object) -> None:
     wanted = dataclasses.replace(service.config, **fields)  # type: ignore[arg-type]
-    reload(lambda: wanted, service.config, service.pool, service.service)
+    reload(lambda: wanted, service.pool, service.service, network or NoNetwork())
 
 
 class Stranger:
@@ -104,7 +121,7 @@ def test_what_is_refused_changes_nothing_and_is_told(service: MemoryService, cap
         raise ConfigError("/etc/lxc-pool.toml, line 3: pool.sizes: unknown key")
 
     with caplog.at_level(logging.ERROR):
-        reload(fail, service.config, service.pool, service.service)
+        reload(fail, service.pool, service.service, NoNetwork())
     change(service, max_leases=3, profiles=(ProfileConfig("default", 1, allow=("no-such-user",)),))
     assert "no user 'no-such-user'" in str(service.service.status().configuration)
     assert service.service.config.max_leases == 100
@@ -123,10 +140,32 @@ def test_what_needs_a_restart_is_named_and_the_rest_is_in_force(service: MemoryS
     assert service.service.status().worker_count == service.config.workers
 
 
-@pytest.mark.parametrize("reach", [(), ("host",)])
-def test_a_network_that_was_not_made_at_the_start_is_not_had_by_a_reload(
-    service: MemoryService, reach: tuple[str, ...]
-) -> None:
-    change(service, profiles=(*service.config.profiles, ProfileConfig("net", 1, network="bridge", reach=reach)))
-    assert "restart it for that" in str(service.service.status().configuration)
+def test_a_network_that_can_not_be_made_refuses_the_whole_configuration(service: MemoryService) -> None:
+    net = ProfileConfig("net", 1, network="bridge")
+    change(service, network=Refusing(), max_leases=3, profiles=(*service.config.profiles, net))
+    assert "line 3: network.subnet: it is taken" in str(service.service.status().configuration)
+    assert service.service.config.max_leases == 100
     assert "net" not in service.pool.census().profiles
+
+
+def test_the_network_is_made_before_there_are_profiles_on_it_and_removed_when_they_are_gone(
+    service: MemoryService,
+) -> None:
+    log: list[str] = []
+
+    class Watching:
+        def prepare(self, config: Config) -> None:
+            log.append(f"prepare {config.wants_bridge}, in force: {sorted(service.pool.census().profiles)}")
+
+        def settle(self, config: Config) -> None:
+            log.append(f"settle {config.wants_bridge}, in force: {sorted(service.pool.census().profiles)}")
+
+    net = ProfileConfig("net", 0, network="bridge")
+    change(service, network=Watching(), profiles=(*service.config.profiles, net))
+    change(service, network=Watching())
+    assert log == [
+        "prepare True, in force: ['default']",
+        "settle True, in force: ['default', 'net']",
+        "prepare False, in force: ['default', 'net']",
+        "settle False, in force: ['default']",
+    ]
