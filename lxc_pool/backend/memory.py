@@ -16,7 +16,7 @@ from lxc_pool.errors import CloneFailed, ImageError, LxcPoolError
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.images.store import Image
 
-Step = Literal["prepare", "clone", "start", "probe", "stop", "destroy"]
+Step = Literal["prepare", "verify", "clone", "start", "probe", "stop", "destroy"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +81,10 @@ class MemoryBackend:
     def collect_images(self, keep: frozenset[str]) -> None:
         """See `Backend.collect_images`; there is nothing to remove."""
         self.kept = keep
+
+    def verify_image(self, image: Image, *, gently: bool) -> None:  # noqa: ARG002  # there is nobody in the way
+        """See `Backend.verify_image`; it has changed if the test says so."""
+        self._reach("verify", image.ref)
 
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         """See `Backend.create`."""

@@ -79,6 +79,17 @@ class Backend(Protocol):
             ImageError: Some could not be removed.
         """
 
+    def verify_image(self, image: Image, *, gently: bool) -> None:
+        """Check that an image is what was made.
+
+        Args:
+            image: Which version.
+            gently: Stay out of everybody's way, however long it takes.
+
+        Raises:
+            ImageError: It has changed, or can't be read.
+        """
+
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         """Clone, start and probe a container; return its init.
 

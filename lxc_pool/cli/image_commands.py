@@ -66,19 +66,32 @@ def _ls(arguments: argparse.Namespace) -> int:
         print_json([_as_dict(image) for image in images])
         return 0
     print_table(
-        ("name", "version", "MiB", "created", "made of"),
+        ("name", "version", "MiB", "created", "verified", "made of"),
         [
             (
                 image.name,
                 image.version,
                 f"{image.size / 2**20:.1f}",
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(image.created)),
+                _date(image.created),
+                _verified(image),
                 image.origin or None,
             )
             for image in images
         ],
     )
     return 0
+
+
+def _date(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
+def _verified(image: Image) -> str | None:
+    """Return when an image was last found to be what was made, or that it is not."""
+    from lxc_pool.images.manifest import last_verification
+
+    last = last_verification(image)
+    return None if last is None else "HAS CHANGED" if last.problem else _date(last.time)
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -231,6 +244,9 @@ def _progress(arguments: argparse.Namespace) -> Iterator[Progress]:
 
 
 def _as_dict(image: Image) -> dict[str, object]:
+    from lxc_pool.images.manifest import last_verification
+
+    last = last_verification(image)
     return {
         "name": image.name,
         "version": image.version,
@@ -240,4 +256,6 @@ def _as_dict(image: Image) -> dict[str, object]:
         "rootfs": str(image.rootfs),
         "origin": image.origin,
         "probe": list(image.probe),
+        "verified": last and last.time,
+        "problem": last and last.problem,
     }

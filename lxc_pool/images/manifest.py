@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lxc_pool.images import tree
 _log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
+_VERIFIED = "verified.json"
 _FORMAT = 1
 """Of the manifest; one that is written otherwise gets the next number."""
 
@@ -98,8 +101,44 @@ def verify(image: Image) -> None:
         measured = tree.measure(image.rootfs)
     except OSError as error:
         raise ImageError(f"can't read base image {image.ref}: {error}") from error
+    problem = None
     if measured.checksum != image.checksum:
-        raise ImageError(
+        problem = (
             f"base image {image.ref} has changed since it was built ({measured.checksum}, not {image.checksum}); "
             "make a new version of it (lxc-pool image build, or import), and remove this one"
         )
+    _record(image.rootfs.parent, problem)
+    if problem is not None:
+        raise ImageError(problem)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verification:
+    """How it ended when an image was last compared with its checksum.
+
+    Attributes:
+        time: When, in seconds since the epoch.
+        problem: What was wrong; None: nothing.
+    """
+
+    time: float
+    problem: str | None
+
+
+def last_verification(image: Image) -> Verification | None:
+    """Return how the last `verify` of *image* ended; None if there was none."""
+    try:
+        fields = json.loads((image.rootfs.parent / _VERIFIED).read_bytes())
+        return Verification(float(fields["time"]), fields["problem"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _record(directory: Path, problem: str | None) -> None:
+    """Write down beside the manifest how a verification ended; without that, it was one all the same."""
+    temporary = directory / f"{_VERIFIED}.new-{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps({"time": time.time(), "problem": problem}) + "\n", encoding="utf-8")
+        temporary.rename(directory / _VERIFIED)
+    except OSError as error:
+        _log.warning("can't write down that %s was verified: %s", directory, error)

@@ -39,7 +39,15 @@ class CollectJob:
     keep: frozenset[str]
 
 
-Job = PrepareJob | CreateJob | DestroyJob | CollectJob
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class VerifyJob:
+    """Compare an image with its checksum; see `Backend.verify_image`."""
+
+    image: Image
+    gently: bool
+
+
+Job = PrepareJob | CreateJob | DestroyJob | CollectJob | VerifyJob
 Outcome = Image | ProcessIdentity | None | LxcPoolError
 """What a job came to: what the backend returned, or the error it raised."""
 
@@ -64,4 +72,7 @@ def perform(backend: Backend, job: Job) -> Outcome:
             return None
         case CollectJob(keep):
             backend.collect_images(keep)
+            return None
+        case VerifyJob(image, gently):
+            backend.verify_image(image, gently=gently)
             return None

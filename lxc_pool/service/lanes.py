@@ -19,7 +19,7 @@ from typing import Protocol
 from lxc_pool.backend.protocol import Backend
 from lxc_pool.errors import InternalError
 from lxc_pool.host.processes import describe_tree
-from lxc_pool.service.jobs import CollectJob, CreateJob, DestroyJob, Job, Outcome, PrepareJob
+from lxc_pool.service.jobs import CollectJob, CreateJob, DestroyJob, Job, Outcome, PrepareJob, VerifyJob
 from lxc_pool.service.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class ProcessLane:
                 return f"{words}; engine's log: {self._backend.log_tail(blueprint.name) or '-'}"
             case DestroyJob(name):
                 return f"{words}; engine's log: {self._backend.log_tail(name) or '-'}"
-            case PrepareJob() | CollectJob():
+            case PrepareJob() | CollectJob() | VerifyJob():
                 return words
 
     def replace(self) -> None:

@@ -39,6 +39,7 @@ class Reason(enum.StrEnum):
     PROFILE_REMOVED = "profile removed"
     CLOSED = "service ended"
     IMAGE_REPLACED = "image or profile changed"
+    IMAGE_CHANGED = "its image is not what was made"
     ORPHAN = "left by an earlier service"
 
 

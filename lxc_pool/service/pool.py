@@ -109,6 +109,7 @@ class Pool:
             addresses=addresses,
             before=self._sizing.look_after,
             image_ready=self._renewal.image_ready,
+            image_refused=self._renewal.image_refused,
             came_up=self._handoff.put,
             failed=functools.partial(self._reaper.reap, reason=Reason.START_FAILED),
             init_died=self._init_died,
@@ -319,12 +320,14 @@ class Pool:
     def reconfigure(self, config: Config) -> None:
         """Let another configuration be in force; see `Renewal` for what becomes of the containers."""
         with self._lock:
+            self._upkeep.check.look_again()
             self._config = self._upkeep.config = config
             self._renewal.reconfigure(config)
 
     def look_for_images(self) -> None:
         """See whether there are newer versions of the images, and replace what was made of older ones."""
         with self._lock:
+            self._upkeep.check.look_again()
             self._renewal.look_for_images()
 
     def drain(self) -> None:

@@ -49,6 +49,7 @@ class Renewal:
         """Have a lane look whether there are newer versions of the images."""
         for shelf in self._stock.shelves.values():
             shelf.look_again = shelf.image is not None
+            shelf.changed_images.clear()
         self._stock.wake()
 
     def image_ready(self, shelf: Shelf, image: Image) -> None:
@@ -58,6 +59,13 @@ class Renewal:
         shelf.image = image
         log.info("image %s is ready for profile %r", image.ref, shelf.profile.name)
         self._sort_out(shelf)
+
+    def image_refused(self, image: Image) -> None:
+        """Hand out no container of *image* any more: it is not what was made. Leases go on."""
+        for shelf in self._stock.shelves.values():
+            shelf.changed_images.add(image.ref)
+            for member in shelf.barred():
+                self._reaper.reap(member, Reason.IMAGE_CHANGED)
 
     def _change(self, shelf: Shelf, profile: ProfileConfig) -> None:
         shelf.change(profile)

@@ -39,6 +39,7 @@ class Shelf:
         image: What new ones are cloned from; None until it has been prepared.
         preparing: The name of the image that a lane is preparing.
         look_again: Whether there may be a newer image than `image`.
+        changed_images: The refs of versions that are not what was made.
         filled: Whether it has been full since it got its profile or its size.
         retired: Whether the configuration has the profile no more: it lasts until its containers are gone.
         last_error: Why the newest image or container is not ready; None once one is.
@@ -63,6 +64,7 @@ class Shelf:
         self.image: Image | None = None
         self.preparing: str | None = None
         self.look_again = False
+        self.changed_images: set[str] = set()
         self.filled = False
         self.retired = False
         self.last_error: str | None = None
@@ -117,8 +119,11 @@ class Shelf:
         )
 
     def bars(self, member: Member) -> bool:
-        """Whether a container must not be handed out: it was made for others than may have the profile now."""
-        return member.recipe not in self._allowed
+        """Whether a container must not be handed out: it was made for others than may have the profile now.
+
+        Or of an image that is not what was made.
+        """
+        return member.recipe not in self._allowed or member.image in self.changed_images
 
     def barred(self) -> list[Member]:
         """Return the warm containers that must not be handed out."""

@@ -18,7 +18,8 @@ from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.images.store import Image
 from lxc_pool.model import State
 from lxc_pool.service.addresses import AddressBook
-from lxc_pool.service.jobs import CollectJob, CreateJob, DestroyJob, Job, LaneBroken, Outcome, PrepareJob
+from lxc_pool.service.image_check import ImageCheck
+from lxc_pool.service.jobs import CollectJob, CreateJob, DestroyJob, Job, LaneBroken, Outcome, PrepareJob, VerifyJob
 from lxc_pool.service.lanes import Lane
 from lxc_pool.service.lifecycle import Member
 from lxc_pool.service.shelf import Shelf
@@ -52,7 +53,12 @@ class Slot:
 
 
 class Upkeep:
-    """Keep every lane busy with what is needed most."""
+    """Keep every lane busy with what is needed most.
+
+    Attributes:
+        config: Deadlines; may be replaced, with the lock held.
+        check: What is known of the images' checksums.
+    """
 
     def __init__(
         self,
@@ -66,6 +72,7 @@ class Upkeep:
         addresses: AddressBook,
         before: Callable[[], None],
         image_ready: Callable[[Shelf, Image], None],
+        image_refused: Callable[[Image], None],
         came_up: Callable[[Member], None],
         failed: Callable[[Member], None],
         init_died: Callable[[str], None],
@@ -82,6 +89,7 @@ class Upkeep:
             addresses: Where containers' addresses are from.
             before: Called, with the lock held, before it is decided what is to be done next.
             image_ready: Called, with the lock held, for an image that has been prepared.
+            image_refused: Called, with the lock held, for one that has changed since it was made.
             came_up: Called, with the lock held, for a container that is up and watched.
             failed: Called, with the lock held, for one that is not.
             init_died: Called when the init of a container has ended.
@@ -95,6 +103,8 @@ class Upkeep:
         self._addresses = addresses
         self._before = before
         self._image_ready = image_ready
+        self._image_refused = image_refused
+        self.check = ImageCheck(watch.now)
         self._came_up = came_up
         self._failed = failed
         self._init_died = init_died
@@ -107,7 +117,7 @@ class Upkeep:
         obstacle = self._obstacle(self.config.min_free)
         while (pick := self._choose(obstacle)) is not None:
             slot, job = pick
-            about_images = isinstance(job, (PrepareJob, CollectJob))
+            about_images = isinstance(job, (PrepareJob, CollectJob, VerifyJob))
             timeout = self.config.image_timeout if about_images else self.config.create_timeout
             if isinstance(job, CreateJob):
                 timeout += job.blueprint.profile.probe_timeout or 0.0
@@ -127,7 +137,7 @@ class Upkeep:
             return None if slot.job is None else (slot, slot.job)
 
     def _next_job(self, obstacle: str | None) -> Job | None:
-        """Choose: somebody waits → create; else remove what is to be removed; else create; else old images."""
+        """Choose: somebody waits → create; else remove what is to be removed; else create; else look at images."""
         stock, now = self._stock, self._watch.now()
         shelves = [] if stock.closed or stock.draining else list(stock.shelves.values())
         if shelves:
@@ -137,7 +147,13 @@ class Upkeep:
                 shelf.preparing = shelf.profile.image
                 shelf.look_again = False
                 return PrepareJob(shelf.profile.image)
-        wanting = [shelf for shelf in shelves if shelf.wants_container(now)]
+        if shelves and (verification := self._begin_verification(idle=False)):
+            return verification
+        wanting = [
+            shelf
+            for shelf in shelves
+            if shelf.wants_container(now) and shelf.image is not None and self.check.permits(shelf.image)
+        ]
         if wanting and obstacle is not None:
             self._await_room(obstacle, now, wanting)
             wanting = []
@@ -150,7 +166,12 @@ class Upkeep:
             return DestroyJob(name, force=member.retries > 0)
         if wanting:
             return self._begin_creation(wanting[0], now)
-        return self._begin_collection()
+        return (self._begin_verification(idle=True) if shelves else None) or self._begin_collection()
+
+    def _begin_verification(self, *, idle: bool) -> VerifyJob | None:
+        """Have an image compared with its checksum, if one is due; see `ImageCheck`."""
+        image = self.check.take(idle=idle)
+        return None if image is None else VerifyJob(image, gently=not self.check.comes_first(image))
 
     def _begin_collection(self) -> CollectJob | None:
         """Have old images removed, if there may be one that nobody uses any more."""
@@ -158,6 +179,7 @@ class Upkeep:
             return None
         self._collection_due = False
         images = {shelf.image.ref for shelf in self._stock.shelves.values() if shelf.image is not None}
+        images |= self.check.busy
         return CollectJob(frozenset(images | {member.image for member in self._stock.members.values()}))
 
     def _await_room(self, obstacle: str, now: float, wanting: Sequence[Shelf]) -> None:
@@ -260,6 +282,8 @@ class Upkeep:
                 self._settle_destroyed(self._stock.members[name], outcome)
             case CollectJob():
                 pass  # what it failed at, the next one tries again
+            case VerifyJob(image):
+                self._settle_verified(image, outcome)
 
     def _concerned(self, job: Job) -> list[Shelf]:
         """Return the shelves that a job is to make something for."""
@@ -268,6 +292,8 @@ class Upkeep:
                 return [shelf for shelf in self._stock.shelves.values() if shelf.preparing == image]
             case CreateJob(blueprint):
                 return [self._stock.shelf_of(self._stock.members[blueprint.name])]
+            case VerifyJob(image):
+                return [shelf for shelf in self._stock.shelves.values() if shelf.image and shelf.image.ref == image.ref]
             case DestroyJob() | CollectJob():
                 return []
 
@@ -278,12 +304,27 @@ class Upkeep:
         if isinstance(outcome, Image):
             self._collection_due = True
             shelf.backoff.succeed()
+            self.check.learn(outcome)
             self._image_ready(shelf, outcome)
         elif shelf.image is None:
             self._back_off(shelf)
 
+    def _settle_verified(self, image: Image, outcome: Outcome) -> None:
+        if not isinstance(outcome, LxcPoolError):
+            self.check.settle(image, None)
+            log.info("image %s is what was made", image.ref)
+        elif isinstance(outcome, ImageError):
+            self.check.settle(image, str(outcome))
+            self._image_refused(image)
+        else:
+            self.check.postpone(image)
+
     def _settle_created(self, member: Member, outcome: Outcome, init: Watched | None) -> None:
         shelf = self._stock.shelf_of(member)
+        if init is not None and member.image in self.check.refused:
+            self._watch.forget(init)
+            self._failed(member)
+            return
         if init is None:
             self._back_off(shelf)
             if isinstance(outcome, (LaneBroken, JobTimeout)):
@@ -328,3 +369,5 @@ def _describe(job: Job) -> str:
             return f"removing {name}"
         case CollectJob():
             return "removing old images"
+        case VerifyJob(image):
+            return f"verifying image {image.ref}"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lxc_pool import PoolTimeout, State
+from lxc_pool.images import busybox
 from lxc_pool.images.store import ImageStore
 from tests.support.real_service import Service
 from tests.support.waiting import eventually
@@ -87,3 +89,45 @@ def test_only_root_may_look_at_images(make_service: Callable[[], Service]) -> No
     service.start(size=1).wait_ready()
     listing = ["setpriv", "--reuid", "65534", "--clear-groups", "ls", str(service.state_dir / "images")]
     assert subprocess.run(listing, capture_output=True, check=False).returncode != 0
+
+
+def tamper(service: Service) -> None:
+    """Change the newest version of the image, as a bad disk or a hand does."""
+    image = ImageStore(service.state_dir / "images").list()[-1]
+    (image.rootfs / "etc/motd").write_text("not what was built")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_an_image_that_has_changed_is_refused_when_a_service_starts_and_leases_go_on(
+    service: Service, large: bool
+) -> None:
+    store, state = ImageStore(service.state_dir / "images"), ("--state-dir", service.state_dir)
+    if large:
+
+        def build(rootfs: Path, report: Callable[[str], None]) -> None:
+            busybox.build(rootfs, report)
+            with (rootfs / "filling").open("wb") as file:
+                file.truncate(40 << 20)
+
+        store.build("busybox", lambda _line: None, build)
+    pool = service.start(size=1)
+    container = pool.get("x", 30)
+    assert container is not None
+    eventually(lambda: "is what was made" in service.log, "it has been looked at")
+    assert service.log.count("is what was made") == 1
+    service.cli("stop", "--keep-leases")
+    service.wait()
+    tamper(service)
+    service.launch(size=1)
+    service.await_ready()
+    eventually(lambda: "has changed since it was built" in (pool.status().last_error or ""), "it has been noticed")
+    eventually(lambda: not {State.WARM, State.BUILDING} & {i.state for i in pool.containers()}, "no other one is there")
+    with pytest.raises(PoolTimeout, match=r"has changed since it was built .* make a new version"):
+        pool.lease("y", timeout=1).__enter__()
+    assert "has changed since it was built" in service.log
+    assert "HAS CHANGED" in service.cli("image", "ls", *state).stdout
+    assert container.run(["true"], timeout=10).returncode == 0
+    assert service.cli("image", "build", "busybox", *state).returncode == 0
+    with pool.lease("z", timeout=30) as other:
+        assert other.run(["test", "-e", "/etc/motd"], timeout=10).returncode == 1
+    container.release()

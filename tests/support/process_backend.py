@@ -31,6 +31,9 @@ class ProcessBackend:
     def collect_images(self, keep: frozenset[str]) -> None:
         pass
 
+    def verify_image(self, image: Image, *, gently: bool) -> None:
+        pass
+
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         path = self.directory / blueprint.name
         try:

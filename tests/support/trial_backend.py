@@ -45,6 +45,9 @@ class TrialBackend:
     def collect_images(self, keep: frozenset[str]) -> None:
         pass
 
+    def verify_image(self, image: Image, *, gently: bool) -> None:
+        pass
+
     def create(self, blueprint: Blueprint) -> ProcessIdentity:  # noqa: ARG002  # all are alike
         return identify(os.getpid())
 

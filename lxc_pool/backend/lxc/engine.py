@@ -17,8 +17,10 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import psutil
 
 from lxc_pool.backend.lxc import (
     binding,
@@ -35,9 +37,12 @@ from lxc_pool.backend.protocol import Blueprint, Endpoint
 from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
 from lxc_pool.host import cgroups, idranges, mounts, netlink
 from lxc_pool.host.processes import ProcessIdentity, has_executed, identify
-from lxc_pool.images.store import Image, ImageStore
+from lxc_pool.images.store import Image, ImageStore, verify
 
 log = logging.getLogger(__name__)
+
+_LEAST_URGENT = 19
+"""Niceness. Source: nice(2)."""
 
 _EXEC_PAUSE = 0.0005
 """Seconds between two looks whether init has been executed. There is no event for it; nearly always it has."""
@@ -102,6 +107,11 @@ class LxcBackend:
             ImageStore(self._image_directory).collect(keep)
         except OSError as error:
             raise ImageError(f"old images could not be removed: {error}") from error
+
+    def verify_image(self, image: Image, *, gently: bool) -> None:
+        """See `Backend.verify_image`."""
+        with _out_of_the_way() if gently else contextlib.nullcontext():
+            verify(image)
 
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         """See `Backend.create`."""
@@ -296,3 +306,20 @@ def words(directory: Path, otherwise: str) -> str:
 def _printable(text: str) -> str:
     """Leave out what a terminal would obey: what a container says may be shown to an administrator."""
     return "".join(character if character.isprintable() else "?" for character in text.replace("\n", "; "))
+
+
+@contextlib.contextmanager
+def _out_of_the_way() -> Iterator[None]:
+    """Take the CPU and the disk only when nobody else wants them.
+
+    Source: setpriority(2), ioprio_set(2): both are about the calling thread, a worker's only one.
+    """
+    worker = psutil.Process()
+    niceness, (kind, level) = worker.nice(), worker.ionice()
+    worker.nice(_LEAST_URGENT)
+    worker.ionice(psutil.IOPRIO_CLASS_IDLE)
+    try:
+        yield
+    finally:
+        worker.nice(niceness)
+        worker.ionice(kind, level)
