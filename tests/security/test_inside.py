@@ -19,7 +19,7 @@ from lxc_pool import PoolServiceProxy, State
 from lxc_pool.backend.lxc import limits
 from lxc_pool.config import ProfileConfig
 from lxc_pool.errors import ExecFailed, LeaseError, LxcPoolError
-from lxc_pool.host import cgroups, idranges
+from lxc_pool.host import cgroups, idranges, requirements
 from tests.security.attackers import LIMITS, STRANGER, TIMEOUT, Attacker, as_person
 from tests.support.real_service import Service
 
@@ -34,6 +34,11 @@ def neighbour(new_attacker: Callable[[], Attacker]) -> Attacker:
 
 def is_well(container: Attacker) -> bool:
     return container.shell("echo $((6 * 7)) >/tmp/x; cat /tmp/x; rm /tmp/x") == "42\n"
+
+
+def peak(container: Attacker) -> int:
+    """Return the most memory that a container has had, in bytes."""
+    return int(container.cgroup_file("memory.max_usage_in_bytes") or container.cgroup_file("memory.peak"))
 
 
 def soon(true: Callable[[], bool]) -> None:
@@ -202,6 +207,20 @@ def test_whoever_enters_can_not_be_traced_or_looked_into(attacker: Attacker, tmp
     assert found["foreign"] == "0"
 
 
+@pytest.mark.skipif(not requirements.apparmor().ok, reason="needs a host with AppArmor, and liblxc's profile")
+def test_apparmor_holds_init_and_commands_and_its_root_can_not_shake_it_off(attacker: Attacker) -> None:
+    label = f"{requirements.APPARMOR_PROFILE} (enforce)\n"
+    assert Path(f"/proc/{attacker.container.init_pid}/attr/apparmor/current").read_text() == label
+    assert attacker.shell("cat /proc/1/attr/current /proc/self/attr/current") == label * 2
+    said = attacker.shell(
+        "mkdir /tmp/proc; mount -t proc proc /tmp/proc && echo mounted;"
+        "(echo changeprofile unconfined >/proc/self/attr/current) && echo changed; cat /proc/self/attr/current"
+    )
+    assert said.endswith(label)
+    assert "mounted" not in said.split()
+    assert "changed" not in said.split()
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
@@ -265,9 +284,7 @@ def test_memory_is_bounded_and_whoever_fills_it_is_killed_alone(attacker: Attack
     assert done.returncode == -9
     most = int(done.stdout.splitlines()[-1].partition("=")[2])
     assert most << 20 <= LIMITS.memory
-    assert (
-        int(attacker.cgroup_file("memory.max_usage_in_bytes") or attacker.cgroup_file("memory.peak")) <= LIMITS.memory
-    )
+    assert peak(attacker) <= LIMITS.memory
     assert is_well(neighbour)
 
 
@@ -308,7 +325,7 @@ def test_namespaces_of_its_own_lift_no_limit(attacker: Attacker) -> None:
     answers = attacker.run("nested")
     assert answers["mknod_disk"] == "EPERM"
     assert int(answers["inotify"].split()[0]) <= SHARE
-    assert answers["remount_dev"] == "EPERM"
+    assert answers["remount_dev"] in ("EPERM", "EACCES")  # AppArmor, where there is one, is asked first
     count, error = attacker.run("namespaces")["netns"].split()
     assert int(count) <= 128
     assert error == "ENOSPC"
@@ -320,7 +337,8 @@ def test_users_keyrings_can_not_be_filled(attacker: Attacker) -> None:
 
 def test_descriptors_end_at_a_process_limit_and_then_at_memory(attacker: Attacker, neighbour: Attacker) -> None:
     with attacker.holding("descriptors") as made:
-        assert made.endswith("EMFILE")
+        # Where a process may have a million, memory ends it.
+        assert made.endswith("EMFILE") or peak(attacker) > LIMITS.memory // 2
         assert is_well(neighbour)
     with attacker.holding("many-descriptors", "5") as made:
         assert is_well(neighbour)

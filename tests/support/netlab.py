@@ -61,7 +61,7 @@ class Namespace:
         return ["nsenter", f"--net={self.path}", *arguments]
 
     def service_command(self, *arguments: str) -> list[str]:
-        """Return a command that runs in it with a /sys that shows its devices: liblxc looks for bridges there, and for AppArmor."""
+        """Return a command that runs in it with a /sys of its own: liblxc looks there for bridges, and for AppArmor."""
         return self.command("unshare", "--mount", "--propagation", "slave", "sh", "-ec", _OWN_SYSFS, "sh", *arguments)
 
     def run(self, *arguments: str, text: str = "") -> str:
