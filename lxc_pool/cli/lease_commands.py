@@ -10,9 +10,10 @@ import sys
 from lxc_pool.cli import terminal
 from lxc_pool.cli.output import print_json
 from lxc_pool.client.container import Container
-from lxc_pool.errors import LxcPoolError
+from lxc_pool.client.pool import PoolServiceProxy
+from lxc_pool.errors import LeaseExpired, LxcPoolError
 from lxc_pool.manager import PoolManager
-from lxc_pool.model import ContainerId
+from lxc_pool.model import ContainerId, ContainerInfo
 
 _NOT_EXECUTABLE, _MISSING = 126, 127
 
@@ -68,7 +69,7 @@ def _add_command(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     with PoolManager.connect(arguments.host_dir) as pool:
-        identity = arguments.id or ContainerId.create("run")
+        identity = ContainerId.create("run") if arguments.id is None else arguments.id
         with pool.lease(identity, _timeout(arguments), profile=arguments.profile) as container:
             return _run_in(container, arguments)
 
@@ -81,18 +82,34 @@ def _exec(arguments: argparse.Namespace) -> int:
 def _get(arguments: argparse.Namespace) -> int:
     owner = _session_leader() if arguments.owner is None else arguments.owner
     with PoolManager.connect(arguments.host_dir) as pool:
-        identity = arguments.id or ContainerId.create("get")
+        identity = ContainerId.create("get") if arguments.id is None else arguments.id
         container = pool.get(identity, _timeout(arguments), profile=arguments.profile, owner=owner, ttl=arguments.ttl)
         if container is None:
             print(f"lxc-pool: no container came free in {arguments.timeout:g} s", file=sys.stderr)
             return 1
-        if arguments.json:
-            info = next(info for info in pool.containers() if info.name == container.name)
-            print_json(info.as_dict())
-        else:
-            print(container.name)
+        try:
+            if arguments.json:
+                print_json(_info(pool, container).as_dict())
+            else:
+                print(container.name)
+            sys.stdout.flush()
+        except BaseException:  # Ctrl-C, or a reader that has gone: nobody has its name, and its owner may live long
+            container.release()
+            raise
         print(f"leased to process {owner}; it is reaped when that ends", file=sys.stderr)
     return 0
+
+
+def _info(pool: PoolServiceProxy, container: Container) -> ContainerInfo:
+    """Return what `ls` shows of a container.
+
+    Raises:
+        LeaseExpired: Its lease has ended.
+    """
+    for info in pool.containers():
+        if info.name == container.name:
+            return info
+    raise LeaseExpired(f"the lease of {container.name} has ended already")
 
 
 def _session_leader() -> int:

@@ -20,6 +20,7 @@ COMMAND_FAILED_TO_RUN, INTERRUPTED = 125, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lxc-pool` with *argv* (default: the process's arguments) and return its exit status."""
+    _fill_closed_streams()
     parser = _parser()
     arguments = parser.parse_args(argv)
     runs_a_command = arguments.command in ("run", "exec")
@@ -29,14 +30,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter would complain of it once more at its end.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has gone
         return FAILED
     except (errors.LxcPoolError, OSError, ValueError, TypeError) as error:
         print(f"lxc-pool: {error}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return COMMAND_FAILED_TO_RUN if runs_a_command else status_of(error)
     return status
+
+
+def _drop_output() -> None:
+    """Let what stdout did not take go nowhere: the interpreter would complain of it once more at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fill_closed_streams() -> None:
+    """Put /dev/null where a standard stream is closed: what is opened next, a socket say, would become that stream.
+
+    As before, what is written to a closed stdout is an error; there is nowhere to say so if stderr is closed.
+    """
+    for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_RDWR)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # gets the lowest number that is free: this one
+            os.set_inheritable(number, True)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # for the process's life
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # as above
 
 
 def status_of(error: Exception) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lxc_pool import PoolManager, hostdir
+from lxc_pool import PoolManager, PoolServiceProxy, hostdir
 from lxc_pool.backend.memory import HANG, Fault
 from lxc_pool.cli import main as module
 from lxc_pool.cli.main import main, status_of
@@ -213,6 +213,27 @@ def test_get_does_not_lease_to_a_sessions_leader_that_can_not_hold_it(
     assert lxc_pool.run("get") == 2
     assert "--owner PID" in lxc_pool.err
     service.reaches(size=2)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_get_can_tell_nobody_is_given_back(
+    service: MemoryService, lxc_pool: Terminal, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    with open("/dev/full", "w") as full, sleeper() as owner:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert lxc_pool.run("get", *options, "--owner", owner.pid) == 5
+        service.reaches(leased=0, reserved=0, reaping=0, size=2)
+
+
+def test_get_does_not_print_a_lease_that_has_ended_already(
+    service: MemoryService, lxc_pool: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PoolServiceProxy, "containers", lambda _pool: ())
+    assert lxc_pool.run("get", "--json", "--ttl", 0) == 5
+    assert "has ended" in lxc_pool.err
+    assert lxc_pool.out == ""
+    service.reaches(leased=0, reserved=0, reaping=0, size=2)
 
 
 def test_get_says_no_if_none_comes_free(service: MemoryService, lxc_pool: Terminal) -> None:
@@ -508,6 +529,24 @@ def test_a_reader_that_has_gone_is_no_traceback(monkeypatch: pytest.MonkeyPatch,
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("service")
+@pytest.mark.parametrize(
+    ("closed", "status"), [("0<&-", 0), ("1>&-", 5), ("2>&-", 0), ("0<&- 1>&- 2>&-", 5), ("1>/dev/full", 5)]
+)
+def test_closed_streams_are_no_traceback_and_no_sockets(closed: str, status: int) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m lxc_pool status {closed}', sys.executable],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (status != 0 and "2>" not in closed)
+    assert ("running" in done.stdout) == ("1>" not in closed)
 
 
 def test_a_table_lines_up_and_shows_nothing_as_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
