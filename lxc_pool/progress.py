@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 
@@ -37,3 +38,19 @@ class Milestones:
             return False
         self._next = done + self._every
         return True
+
+
+def part(report: Callable[[str], None], begin: float, end: float) -> Callable[[str], None]:
+    """Return a report for one part of the work, which takes it from *begin* to *end*, both from 0 to 1.
+
+    Its milestones say how much of the part is done. What is no milestone becomes one: nothing more is done, then.
+    """
+    done = begin
+
+    def scaled(line: str) -> None:
+        nonlocal done
+        if isinstance(line, Milestone):
+            done = max(done, begin + (end - begin) * line.done)
+        report(Milestone(line, done))
+
+    return scaled

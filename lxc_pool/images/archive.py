@@ -85,7 +85,7 @@ def unpack(path: Path, unpacker: Unpacker, report: Report) -> None:
     unpacker.finish()
 
 
-def decompress(path: Path, target: Path) -> None:
+def decompress(path: Path, target: Path, report: Report) -> None:
     """Write what a compressed file holds, or a copy of one that is not, to the new file *target*.
 
     Raises:
@@ -93,10 +93,13 @@ def decompress(path: Path, target: Path) -> None:
         OSError: It can't be read or written.
     """
     try:
-        with _decompressed(path) as (stream, _read), open(target, "xb") as file:
+        milestones = Milestones()
+        with _decompressed(path) as (stream, read), open(target, "xb") as file:
             while chunk := stream.read(_CHUNK):
                 program.check_room(target.parent)
                 file.write(chunk)
+                if milestones.is_due(done := read()):
+                    report(Milestone(f"decompressed {file.tell() >> 20} MiB", done))
     except (zlib.error, lzma.LZMAError, EOFError) as error:
         raise ImageError(f"{path} is damaged: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from lxc_pool.errors import ImageError
 from lxc_pool.images import program, tree
 from lxc_pool.images.builders import Report
 from lxc_pool.images.unpack import Attributes, Unpacker
-from lxc_pool.progress import Milestone
+from lxc_pool.progress import Milestone, Milestones
 
 PACKAGES = ("systemd-sysv", "dbus", "iproute2", "procps", "netbase", "ca-certificates", "libnss-myhostname")
 """Beside Debian's required ones: an init and its bus; ip, ps; names for localhost, protocols and the container."""
@@ -120,11 +121,7 @@ class Recipe:
             mirrors = [str(work / "host.sources")]
             Path(mirrors[0]).write_text(sources, encoding="utf-8")
 
-        def heard(line: str) -> None:
-            if line.startswith("I: ") and not _NOISE.search(line):
-                words = line[3:].removesuffix("...")
-                done = next((done for step, done in _STEPS.items() if words.startswith(step)), None)
-                report(words if done is None else Milestone(words, done))
+        steps = _Steps(rootfs, report)
 
         program.run(
             [
@@ -143,7 +140,8 @@ class Recipe:
                 *mirrors,
             ],
             room=work,
-            heard=heard,
+            heard=steps.heard,
+            looked=steps.look,
             environment={
                 "LXC_POOL_APT_CONF": str(configuration),
                 "TMPDIR": str(work),
@@ -151,6 +149,45 @@ class Recipe:
                 "DEBCONF_NONINTERACTIVE_SEEN": "true",
             },
         )
+
+
+class _Steps:
+    """How far mmdebstrap is: which step it says that it begins with, and within that, the packages that are there."""
+
+    def __init__(self, rootfs: Path, report: Report) -> None:
+        self._rootfs = rootfs
+        self._report = report
+        self._words = "starting"
+        self._begin, self._end = 0.0, 0.0
+        self._milestones = Milestones()
+
+    def heard(self, line: str) -> None:
+        """Take a line of mmdebstrap's."""
+        if not line.startswith("I: ") or _NOISE.search(line):
+            return
+        self._words = line[3:].removesuffix("...")
+        begin = next((done for step, done in _STEPS.items() if self._words.startswith(step)), None)
+        if begin is not None:
+            self._begin = begin
+            self._end = min((done for done in _STEPS.values() if done > begin), default=begin)
+            self._milestones = Milestones()
+        self._report(Milestone(self._words, self._begin))
+
+    def look(self) -> None:
+        """Look at what is there by now."""
+        wanted = _count(self._rootfs / "var/cache/apt/archives", ".deb")
+        there = _count(self._rootfs / "var/lib/dpkg/info", ".list")
+        if self._end > self._begin and 0 < there <= wanted and self._milestones.is_due(there / wanted):
+            done = self._begin + (self._end - self._begin) * there / wanted
+            self._report(Milestone(f"{self._words}: {there} of {wanted} packages", done))
+
+
+def _count(directory: Path, suffix: str) -> int:
+    """Return how many files there are with that suffix; 0 if there is no such directory."""
+    try:
+        return sum(1 for name in os.listdir(directory) if name.endswith(suffix))
+    except OSError:
+        return 0
 
 
 def host_suite(os_release: Path = _OS_RELEASE) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -13,12 +14,15 @@ from lxc_pool.images import archive, program, tree
 from lxc_pool.images.builders import Builder, Report
 from lxc_pool.images.init import check_bootable
 from lxc_pool.images.unpack import Attributes, Unpacker
-from lxc_pool.progress import Milestone, Milestones
+from lxc_pool.progress import Milestone, Milestones, part
 
 _DOCKER_FIRST = re.compile(
     r"(\./)?([0-9a-f]{64}([/.].*)?|blobs(/.*)?|manifest\.json|repositories|oci-layout|index\.json)"
 )
 """What the first member of an archive of `docker save` is called, and none of a root file system's."""
+
+_INFLATED = 3
+"""Bytes that come out of one of a layer's: gzip's for what systems consist of, measured with Debian: 2.7."""
 
 
 def builder(source: str) -> Builder:
@@ -74,28 +78,72 @@ def _import_oci(transport: str, tag: str, source: Path, rootfs: Path, report: Re
     work.mkdir(mode=0o700)
     try:
         link, layout, unpacked = work / "source", work / "layout", work / "rootfs"
-        report(f"reading {source}")
+        reading = part(report, 0.0, 0.1)
+        reading(f"reading {source}")
         if source.is_file() and archive.is_compressed(source):
-            archive.decompress(source, link)  # skopeo 1.9 fails with "unexpected EOF" on compressed ones (measured)
+            # skopeo 1.9 fails with "unexpected EOF" on compressed ones (measured)
+            archive.decompress(source, link, reading)
         else:
             link.symlink_to(source.absolute())  # whose name may have a colon, which means something here
+        copying = part(report, 0.1, 0.4)
+        copying("copying its layers")
         reference = f"{transport}:{link}{f':{tag}' if tag else ''}"
         program.run(
             ["skopeo", "--insecure-policy", "copy", reference, f"oci:{layout}:image"],
             room=work,
             heard=_silent,
             environment={"TMPDIR": str(work)},  # or it would leave its temporary files if it is killed
+            looked=_Growth(layout, _size_of(link.resolve()), "copied {} MiB of its layers", copying).look,
         )
-        report("putting its layers together")
+        putting = part(report, 0.4, 0.7)
+        putting("putting its layers together")
         # Links to directories stay: a layer may have `bin/x` where an older one has `bin` → `usr/bin`.
         program.run(
             ["umoci", "raw", "unpack", "--keep-dirlinks", "--image", f"{layout}:image", str(unpacked)],
             room=work,
             heard=_silent,
+            looked=_Growth(unpacked, _INFLATED * _size_of(layout), "put {} MiB together", putting).look,
         )
-        _import_directory(unpacked, rootfs, report)
+        _import_directory(unpacked, rootfs, part(report, 0.7, 1.0))
     finally:
         tree.remove(work)
+
+
+class _Growth:
+    """What another program has made so far, told as milestones: how much it is going to be, is a guess."""
+
+    def __init__(self, directory: Path, expected: int, words: str, report: Report) -> None:
+        """Make it.
+
+        Args:
+            directory: Where the program writes, once it has made that.
+            expected: Bytes that are going to be there, about.
+            words: What to say, with a place for the MiB that are there.
+            report: Takes the milestones.
+        """
+        self._directory = directory
+        self._expected = max(1, expected)
+        self._words = words
+        self._report = report
+        self._milestones = Milestones()
+
+    def look(self) -> None:
+        """Look, and tell if there is more than when it was last told."""
+        size = _size_of(self._directory)
+        if self._milestones.is_due(min(1.0, size / self._expected)):
+            self._report(Milestone(self._words.format(size >> 20), size / self._expected))
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes in a file, or in those of a directory that may change meanwhile; 0 if there is none."""
+    if path.is_file():
+        return path.stat().st_size
+    size = 0
+    for directory, _names, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(OSError):  # it has just been renamed
+                size += os.lstat(os.path.join(directory, name)).st_size
+    return size
 
 
 class _Copy:

@@ -52,6 +52,7 @@ def run(
     room: Path,
     heard: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
+    looked: Callable[[], None] = lambda: None,
 ) -> None:
     """Run *argv* as root, with its own mounts and processes, and wait for all of those to end.
 
@@ -60,6 +61,7 @@ def run(
         room: A directory on the disk that it fills.
         heard: Takes each line that it writes.
         environment: What to add to ours.
+        looked: Called twice a second while it runs, and at its end: it may look at what there is so far.
 
     Raises:
         ImageError: It failed, with its last words; or the disk got too full, and it was killed.
@@ -82,7 +84,8 @@ def run(
     assert process.stdout is not None
     ended = False
     try:
-        _listen(process.stdout.fileno(), room, take)
+        _listen(process.stdout.fileno(), room, take, looked)
+        looked()
         ended = True
     finally:
         if not ended:
@@ -110,7 +113,7 @@ def check_room(directory: Path) -> int:
     return free
 
 
-def _listen(descriptor: int, room: Path, take: Callable[[str], None]) -> None:
+def _listen(descriptor: int, room: Path, take: Callable[[str], None], looked_at: Callable[[], None]) -> None:
     """Split what comes from *descriptor* into lines until its end, and watch the disk meanwhile."""
     rest = b""
     looked = float("-inf")
@@ -119,6 +122,7 @@ def _listen(descriptor: int, room: Path, take: Callable[[str], None]) -> None:
         while True:
             if time.monotonic() - looked > _LOOK_PAUSE:
                 check_room(room)
+                looked_at()
                 looked = time.monotonic()
             if not selector.select(_LOOK_PAUSE):
                 continue

@@ -16,6 +16,7 @@ from lxc_pool.errors import ImageError
 from lxc_pool.images import debian, init, program
 from lxc_pool.images.debian import Recipe
 from lxc_pool.images.store import ImageStore
+from lxc_pool.progress import Milestone
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it makes mounts of its own")
@@ -255,6 +256,28 @@ def test_without_mmdebstrap_it_is_said_what_to_install(tmp_path: Path, monkeypat
     monkeypatch.setattr(program, "_path", lambda: str(tmp_path))
     with pytest.raises(ImageError, match="apt-get install mmdebstrap"):
         ImageStore(tmp_path / "images").build("debian", lambda _line: None, Recipe().build)
+
+
+def test_each_step_is_told_with_how_far_it_is_and_packages_are_counted(fake: Path, tmp_path: Path) -> None:
+    stand_in(
+        fake,
+        after="""
+        mkdir -p "$root"/var/cache/apt/archives "$root"/var/lib/dpkg/info
+        touch "$root"/var/cache/apt/archives/{a,b,c,d}.deb "$root"/var/lib/dpkg/info/{a,b}.list
+        echo "I: installing remaining packages inside the chroot..." >&2
+        echo "I: something that nobody knows" >&2
+        """,
+    )
+    said: list[str] = []
+    ImageStore(tmp_path / "images").build("debian", said.append, Recipe().build)
+    told = [(str(line), line.done) for line in said if isinstance(line, Milestone)]
+    assert told == [
+        ("downloading packages with apt", 0.06),
+        ("installing remaining packages inside the chroot", 0.64),
+        ("something that nobody knows", 0.64),
+        ("something that nobody knows: 2 of 4 packages", pytest.approx(0.80)),
+        ("preparing it for containers", 0.97),
+    ]
 
 
 def test_a_failure_is_told_in_mmdebstraps_words_and_leaves_nothing(fake: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 from lxc_pool.errors import ImageError
 from lxc_pool.images import archive, imports, init, program, tree, unpack
 from lxc_pool.images.store import Image, ImageStore, verify
+from lxc_pool.progress import Milestone
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: files get other owners")
 
@@ -489,3 +490,10 @@ def test_an_archive_of_docker_save_becomes_an_image(world: World, layout: Path, 
     content = saved.read_bytes()
     image = world.bring(gzip.compress(content) if compressed else content, "docker:archive")
     assert (image.rootfs / "old").read_text() == "new"
+    told = [line for line in world.said if isinstance(line, Milestone)]
+    steps = ["reading ", *["decompressed 0 MiB"] * compressed, "copying its layers", "copied 0 MiB of its layers"]
+    steps += ["putting its layers together", "copying ", "copied "]
+    found = iter(told)
+    assert all(any(line.startswith(step) for line in found) for step in steps), told
+    assert [line.done for line in told] == sorted(line.done for line in told)
+    assert (told[0].done, told[-1].done) == (0.0, 1.0)
