@@ -71,7 +71,7 @@ class ProfileConfig:
         cpu: Its share of the CPUs when they are busy, as cpu.weight: 1 to 10000, 100 is usual.
         network: "empty": loopback alone; "bridge": an address of its own on the pool's bridge, see `NetworkConfig`.
         reach: What of `REACHABLE` it reaches over the bridge.
-        disk: Bytes that it may write to its root file system, which are kept in memory and count there too.
+        disk: Bytes that it may write to its root file system; on a tmpfs, they are memory and count there too.
         mounts: What of the host each container has.
         allow: Users and, with `@` before them, groups that may have such containers; None: everybody who may use the
             service, but administrators alone if it is privileged.

@@ -121,6 +121,7 @@ class PoolStatus:
         ledger: What people should know of the ledger; None: all is well.
         configuration: What people should know of the configuration: that it was refused, or what of it waits for a
             restart; None: all of it is in force.
+        disk_bound: What bounds what a container made now can write to its disk: `project quota` or `tmpfs`.
     """
 
     running: bool
@@ -144,6 +145,7 @@ class PoolStatus:
     ledger: str | None
     profiles: dict[str, ProfileStatus]
     configuration: str | None = None
+    disk_bound: str = "tmpfs"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the same as dicts, lists, str, int, float, bool and None."""

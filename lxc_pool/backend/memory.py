@@ -107,6 +107,17 @@ class MemoryBackend:
         self._reach("destroy", name)
         self.present.remove(name)
 
+    def leftovers(self) -> bool:
+        """See `Backend.leftovers`: removed is removed."""
+        return False
+
+    def sweep(self) -> None:
+        """See `Backend.sweep`."""
+
+    def disk_bound(self) -> str:
+        """See `Backend.disk_bound`: there is none."""
+        return "none"
+
     def newest(self, image_name: str) -> Image | None:
         """See `Backend.newest`."""
         version = self.versions.get(image_name)

@@ -108,6 +108,19 @@ class Backend(Protocol):
             DestroyFailed: Something of it is still there.
         """
 
+    def leftovers(self) -> bool:
+        """Return whether `destroy` has put something off that `sweep` is to do; as `newest`."""
+
+    def sweep(self) -> None:
+        """Remove what `destroy` has put off, for as long as it takes; in a process of its own.
+
+        Raises:
+            DestroyFailed: Something is still there; all else is gone.
+        """
+
+    def disk_bound(self) -> str:
+        """Return, in a word or two, what bounds what a container made now can write to its disk; as `newest`."""
+
     def newest(self, image_name: str) -> Image | None:
         """Return the newest image of that name that is there; does not block, and may be called in the service.
 

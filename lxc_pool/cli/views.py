@@ -15,6 +15,7 @@ def status(status: PoolStatus) -> list[str]:
         f"{state}, pid {status.pid}, up {status.uptime:.0f} s, at {status.socket_path}",
         f"{status.worker_count} lanes, {status.client_count} clients, {status.waiting} waiting",
     ]
+    lines[-1] += f"; new disks are bounded by {status.disk_bound}"
     counts = ("building", "reserved", "leased", "reaping", "stuck", "waiting")
     columns = ("capacity", "min", "max", "size", *counts, "outdated", "image")
     lines += table(

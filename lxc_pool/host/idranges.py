@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lxc_pool.errors import CloneFailed
@@ -29,27 +29,41 @@ SUBID_FILES = (Path("/etc/subuid"), Path("/etc/subgid"))
 
 
 def take(
-    holder: str, base: int = DEFAULT_BASE, *, registry: Path = REGISTRY, subids: Iterable[Path] = SUBID_FILES
+    holder: str,
+    base: int = DEFAULT_BASE,
+    *,
+    unless: Callable[[int], bool] = lambda _first: False,
+    registry: Path = REGISTRY,
+    subids: Iterable[Path] = SUBID_FILES,
 ) -> int:
     """Take a free range for *holder* and return its first id.
+
+    Args:
+        holder: Who is to have it.
+        base: The least that its first id may be.
+        unless: Says of a first id whether that range is of no use.
+        registry: Where ranges are written down.
+        subids: Where the host's own are.
 
     Raises:
         CloneFailed: None is free.
         OSError: The registry can't be written.
     """
     registry.mkdir(mode=0o700, exist_ok=True)
-    taken = {int(name) for name in os.listdir(registry) if name.isdecimal()}
+    already = taken(registry=registry)
     given_away = list(_subordinate_ids(subids))
     # Multiples of the size alone, or those of services with different bases could overlap.
     for first in range(-(-base // SIZE) * SIZE, LIMIT - SIZE + 1, SIZE):
-        if first in taken or any(first < end and start < first + SIZE for start, end in given_away):
+        if first in already or any(first < end and start < first + SIZE for start, end in given_away):
+            continue
+        if unless(first):
             continue
         try:
             _write_new(registry, str(first), holder)
         except FileExistsError:
             continue  # another lane or service was faster
         return first
-    raise CloneFailed(f"no range of {SIZE} ids is free from {base} up: {len(taken)} are taken, see {registry}")
+    raise CloneFailed(f"no range of {SIZE} ids is free from {base} up: {len(already)} are taken, see {registry}")
 
 
 def give_back(holder: str, first: int | None = None, *, registry: Path = REGISTRY) -> None:
@@ -68,6 +82,22 @@ def give_back(holder: str, first: int | None = None, *, registry: Path = REGISTR
         if who == holder:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+
+
+def taken(*, registry: Path = REGISTRY) -> frozenset[int]:
+    """Return the first ids of the ranges that are taken."""
+    try:
+        return frozenset(int(name) for name in os.listdir(registry) if name.isdecimal())
+    except FileNotFoundError:
+        return frozenset()
+
+
+def holder(first: int, *, registry: Path = REGISTRY) -> str | None:
+    """Return who has the range with that first id; None: nobody."""
+    try:
+        return (registry / str(first)).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
 
 
 def held(*, registry: Path = REGISTRY) -> Iterator[tuple[Path, str]]:

@@ -60,6 +60,24 @@ def mounted(kind: str, target: Path, options: str) -> Iterator[None]:
         unmount(target)
 
 
+@contextmanager
+def mounted_again(source: Path, target: Path) -> Iterator[None]:
+    """Have the directory *source* at *target*, too, and whatever is mounted in it there, for the time of a `with`.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    tree = mount_calls.clone_tree(os.fspath(source))
+    try:
+        mount_calls.attach_tree(tree, os.fspath(target))
+    finally:
+        os.close(tree)
+    try:
+        yield
+    finally:
+        unmount(target)
+
+
 def unmount(target: Path) -> None:
     """Take the topmost mount off *target*, and what is mounted in it; they go once nobody uses them any more.
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lxc_pool.backend.lxc import layers
 from lxc_pool.config import NetworkConfig
 from lxc_pool.errors import BackendError, ConfigError, ImageError
 from lxc_pool.host import bridge, cgroups, firewall
@@ -80,6 +81,7 @@ def check(state_dir: Path, network: NetworkConfig | None = None, instance: str =
         static_busybox(),
         control_groups(),
         overlay(state_dir),
+        upper_layers(state_dir),
         user_namespaces(),
         descriptors(),
         inotify(),
@@ -167,7 +169,7 @@ def overlay(state_dir: Path) -> Requirement:
     """
     if os.geteuid() != 0:
         return Requirement("overlay", False, "can't be tried without root", "run this check as root")
-    place = next(path for path in (state_dir.absolute(), *state_dir.absolute().parents) if path.is_dir())
+    place = _nearest(state_dir)
     try:
         with tempfile.TemporaryDirectory(prefix=".lxc-pool-check-", dir=place) as scratch:
             for name in ("lower", "upper", "work", "merged"):
@@ -186,6 +188,12 @@ def overlay(state_dir: Path) -> Requirement:
             fix = "modprobe overlay, or use a kernel with CONFIG_OVERLAY_FS"
         return Requirement("overlay", False, f"no overlay with its upper directory in {place}: {reason}", fix)
     return Requirement("overlay", True, f"works in {place}")
+
+
+def upper_layers(state_dir: Path) -> Requirement:
+    """Say what bounds what containers write to their disks; either will do."""
+    kind, why = layers.bound(_nearest(state_dir / "containers"))
+    return Requirement("upper layers", True, f"bounded by {kind}: {why}")
 
 
 def user_namespaces() -> Requirement:
@@ -285,6 +293,11 @@ def _run(command: list[str], cwd: str | None = None) -> subprocess.CompletedProc
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 127, "", str(error))
+
+
+def _nearest(directory: Path) -> Path:
+    """Return a directory, or the lowest one above it that is there."""
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
 
 
 def _knows_overlay() -> bool:

@@ -25,6 +25,9 @@ Kind = Literal["container", "process", "cgroup", "mount", "directory", "netdev",
 LOCKS = Path("/run/lxc/lock")
 """Where liblxc keeps a lock file for each container, which it never removes (measured)."""
 
+DISCARDED = ".discarded"
+"""In the directory of the containers: where those are put whose upper layers are to be removed."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trace:
@@ -62,11 +65,20 @@ def traces(prefix: str, lxcpath: Path, host_dir: Path) -> tuple[Trace, ...]:
         *_mounts(prefix, lxcpath),
         *_cgroups(prefix),
         *_directories(prefix, lxcpath),
+        *_discarded(prefix, lxcpath),
         *_netdevs(prefix),
         *_locks(prefix, lxcpath),
         *_id_ranges(prefix, lxcpath),
         *_sockets(host_dir),
     )
+
+
+def discarded(prefix: str, lxcpath: Path) -> frozenset[str]:
+    """Return the names of the containers whose upper layers are to be removed."""
+    try:
+        return frozenset(name for name in os.listdir(lxcpath / DISCARDED) if name.startswith(prefix))
+    except FileNotFoundError:
+        return frozenset()
 
 
 def meeting_places(host_dir: Path) -> tuple[Path, ...]:
@@ -156,6 +168,12 @@ def _directories(prefix: str, lxcpath: Path) -> Iterator[Trace]:
         path = lxcpath / name
         kind: Kind = "container" if (path / "config").exists() else "directory"
         yield Trace(kind, name, str(path), _age(path), path=path)
+
+
+def _discarded(prefix: str, lxcpath: Path) -> Iterator[Trace]:
+    for name in sorted(discarded(prefix, lxcpath)):
+        path = lxcpath / DISCARDED / name
+        yield Trace("directory", name, f"{path}: an upper layer, not removed yet", _age(path), path=path)
 
 
 def _netdevs(prefix: str) -> Iterator[Trace]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lxc_pool import hostdir
-from lxc_pool.backend.lxc import removal
+from lxc_pool.backend.lxc import discarded, removal
 from lxc_pool.errors import BackendError, HostDirError, LxcPoolError
 from lxc_pool.host import bridge, firewall, locks, residue
 from lxc_pool.host.processes import ProcessIdentity, identify
@@ -66,9 +66,12 @@ def audit(state_dir: Path, host_dir: Path, *, everything: bool = False) -> Repor
     if instance is None:
         return Report((), None)
     lxcpath = state_dir / "containers"
+    discarded_before = residue.discarded(name_prefix(instance), lxcpath)
     found = residue.traces(name_prefix(instance), lxcpath, host_dir)
     running = running_service(state_dir)
     owned = set() if everything else _owned(ledger.read(state_dir / "ledger.db"), instance, running=running is not None)
+    if running is not None:  # it removes those; looked at on both sides, since they come and go meanwhile
+        owned |= discarded_before | residue.discarded(name_prefix(instance), lxcpath)
     findings = [trace for trace in found if trace.name not in owned and residue.is_there(trace)]
     if running is not None:
         findings = _without_ending(findings)
@@ -126,6 +129,8 @@ def clean(
             continue
         try:
             removal.remove(name, lxcpath, force=True)
+            discarded.remove(lxcpath, name)
+            discarded.remove_place(lxcpath)
         except (LxcPoolError, OSError) as error:
             failed[name] = str(error)
     removals = []
@@ -166,6 +171,7 @@ def uninstall(state_dir: Path, host_dir: Path) -> tuple[str, ...]:
         if not isinstance(info[1], FileNotFoundError):
             problems.append(f"{path}: {info[1]}")
 
+    discarded.remove_place(state_dir / "containers")
     lock_dir = residue.LOCKS / str(state_dir).lstrip("/")
     for path in (lock_dir / "containers", lock_dir, state_dir / "containers"):
         _remove_directory(path, problems)

@@ -39,6 +39,7 @@ from lxc_pool.service.recovery import judge
 from lxc_pool.service.reload import reload
 from lxc_pool.service.server import PoolServer, listen
 from lxc_pool.service.service import PoolService
+from lxc_pool.service.sweeper import Sweeper
 from lxc_pool.service.watchdog import Watchdog
 from lxc_pool.service.worker import fork_server_in
 
@@ -98,10 +99,7 @@ def serve(
         watchdog.open()
         stack.callback(watchdog.close)
         stack.enter_context(fork_server_in(host_dir))
-        lanes = [ProcessLane(backend) for _ in range(config.workers)]
-        for lane in lanes:
-            lane.open()
-            stack.callback(lane.close)
+        lanes, sweeper = _workers(stack, backend, config.workers)
         dispatcher = Dispatcher(lambda: pool.dispatch())  # noqa: PLW0108  # the pool comes two lines on
         ledger = Ledger(state_dir / "ledger.db")
         stack.callback(ledger.close)
@@ -118,16 +116,9 @@ def serve(
             addresses=network.addresses,
         )
         stack.callback(pool.let_go)
-        present = [
-            *(name for name in backend.names() if name.startswith(name_prefix(instance))),
-            # Whatever else is left of a container, should the ledger have been lost.
-            *(
-                trace.name
-                for trace in residue.traces(name_prefix(instance), state_dir / "containers", host_dir)
-                if trace.kind != "netdev"
-            ),
-        ]
+        present = _present(backend, instance, state_dir, host_dir)
         pool.restore(judge(entries, present, config, backend.newest, watchdog.now(), fits=network.addresses.fits))
+        sweeper.wake()
         dispatcher.open()
         stack.callback(dispatcher.close)
         launcher = Launcher()
@@ -142,6 +133,7 @@ def serve(
             launcher,
             socket_path=server.path,
             console_log=backend.console_log,
+            disk_bound=backend.disk_bound,
             ledger_notice=lambda: ledger.notice,
             stop=_stopper(ending, server),
         )
@@ -162,6 +154,32 @@ def serve(
         service.stopped.set()
         server.close_sessions(timeout=5.0)
     log.info("the service has ended")
+
+
+def _workers(stack: contextlib.ExitStack, backend: Backend, number: int) -> tuple[list[ProcessLane], Sweeper]:
+    """Return lanes, open, and who removes what they put off; the stack takes them apart again, that one last."""
+    sweeper = Sweeper(backend)
+    stack.callback(sweeper.close, _REMOVAL_TIMEOUT)
+    lanes = [ProcessLane(backend, sweeper.wake) for _ in range(number)]
+    for lane in lanes:
+        lane.open()
+        stack.callback(lane.close)
+    return lanes, sweeper
+
+
+def _present(backend: Backend, instance: str, state_dir: Path, host_dir: Path) -> list[str]:
+    """Return the names of all containers of which anything is there."""
+    prefix = name_prefix(instance)
+    discarded = residue.discarded(prefix, state_dir / "containers")
+    return [
+        *(name for name in backend.names() if name.startswith(prefix)),
+        # Whatever else is left of a container, should the ledger have been lost; but what the sweeper removes.
+        *(
+            trace.name
+            for trace in residue.traces(prefix, state_dir / "containers", host_dir)
+            if trace.kind != "netdev" and trace.name not in discarded
+        ),
+    ]
 
 
 def _obstacle(state_dir: Path, min_free: int) -> str | None:

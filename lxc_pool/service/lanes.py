@@ -44,7 +44,14 @@ class Lane(Protocol):
 class ProcessLane:
     """A `Lane` with a worker process. `_lock` guards which worker it has, so that none is made once it is closed."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, after_destroy: Callable[[], None] = lambda: None) -> None:
+        """Make one.
+
+        Args:
+            backend: What the worker works with.
+            after_destroy: Called, on the thread that says so, when a container's removal has ended somehow.
+        """
+        self._after_destroy = after_destroy
         self._backend = backend
         self._lock = threading.Lock()
         self._closed = False
@@ -59,7 +66,14 @@ class ProcessLane:
         worker = self._worker
         if worker is None:
             raise InternalError("the lane is not open")
-        worker.start(job, done)
+        worker.start(job, self._then_after_destroy(done) if isinstance(job, DestroyJob) else done)
+
+    def _then_after_destroy(self, done: Callable[[Outcome], None]) -> Callable[[Outcome], None]:
+        def both(outcome: Outcome) -> None:
+            done(outcome)
+            self._after_destroy()
+
+        return both
 
     def diagnose(self, job: Job) -> str:
         """See `Lane.diagnose`."""

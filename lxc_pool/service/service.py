@@ -68,6 +68,7 @@ class PoolService:
         *,
         socket_path: str,
         console_log: Callable[[str], bytes],
+        disk_bound: Callable[[], str],
         ledger_notice: Callable[[], str | None],
         stop: Callable[[float, bool], None],
     ) -> None:
@@ -79,6 +80,7 @@ class PoolService:
             launcher: What starts commands.
             socket_path: Where it listens.
             console_log: Returns the last of what was written to a container's console.
+            disk_bound: Returns what bounds what containers write, see `Backend.disk_bound`.
             ledger_notice: Returns what people should know of the ledger, if anything.
             stop: Called with grace and keep_leases to end the service; returns at once.
         """
@@ -91,6 +93,7 @@ class PoolService:
         self._launcher = launcher
         self._socket_path = socket_path
         self._console_log = console_log
+        self._disk_bound = disk_bound
         self._ledger_notice = ledger_notice
         self._stop = stop
         self._began = time.monotonic()
@@ -220,6 +223,7 @@ class PoolService:
             backoff=census.backoff,
             draining=census.draining,
             ledger=self._ledger_notice(),
+            disk_bound=self._disk_bound(),
             configuration=self.configuration_notice,
             profiles=census.profiles,
         )

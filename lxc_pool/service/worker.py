@@ -61,7 +61,7 @@ class Worker:
         """Start the process; returns at once."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, type(backend).__module__])
-        _start_fork_server()
+        start_fork_server()
         self._lock = threading.Lock()
         self._ended = False
         self._done: Callable[[Outcome], None] | None = None
@@ -151,7 +151,7 @@ class Worker:
                     end.shutdown(socket.SHUT_RDWR)
 
 
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
     """Start the process that workers are forked from, unless it runs, with SIGTERM and SIGHUP blocked, and so are they.
 
     The signal may come to all processes at once: from systemd with its `KillMode=control-group`, or to a process group.

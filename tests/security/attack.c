@@ -8,6 +8,8 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/dqblk_xfs.h>
+#include <linux/fs.h>
 #include <linux/if_packet.h>
 #include <linux/keyctl.h>
 #include <net/if.h>
@@ -21,6 +23,7 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/ptrace.h>
+#include <sys/quota.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -396,6 +399,67 @@ static int effective(void) {
     return 0;
 }
 
+/* Take one's files out of their quota, or make them stay for ever. */
+static int projects(const char *path) {
+    struct fsxattr attributes;
+    int flags = 0, file = open(path, O_RDONLY | O_CREAT, 0600), directory = open("/", O_RDONLY | O_DIRECTORY);
+    say("get", ioctl(directory, FS_IOC_FSGETXATTR, &attributes));
+    printf("project=%u\ninherited=%s\n", attributes.fsx_projid, attributes.fsx_xflags & FS_XFLAG_PROJINHERIT ? "ok" : "no");
+    attributes.fsx_projid += 65536;
+    say("another", ioctl(directory, FS_IOC_FSSETXATTR, &attributes));
+    attributes.fsx_projid = 0;
+    say("none", ioctl(directory, FS_IOC_FSSETXATTR, &attributes));
+    say("get", ioctl(directory, FS_IOC_FSGETXATTR, &attributes));
+    attributes.fsx_xflags &= ~FS_XFLAG_PROJINHERIT;
+    say("uninherited", ioctl(directory, FS_IOC_FSSETXATTR, &attributes));
+    ioctl(directory, FS_IOC_GETFLAGS, &flags);
+    flags &= ~FS_PROJINHERIT_FL;
+    say("unflagged", ioctl(directory, FS_IOC_SETFLAGS, &flags));
+    say("get", ioctl(file, FS_IOC_FSGETXATTR, &attributes));
+    attributes.fsx_projid = 0;
+    say("files-none", ioctl(file, FS_IOC_FSSETXATTR, &attributes));
+    for (int immutable = 0; immutable < 2; immutable++) {
+        ioctl(file, FS_IOC_GETFLAGS, &flags);
+        flags |= immutable ? FS_IMMUTABLE_FL : FS_APPEND_FL;
+        say(immutable ? "immutable" : "append-only", ioctl(file, FS_IOC_SETFLAGS, &flags));
+    }
+    struct fs_disk_quota limits = {.d_version = FS_DQUOT_VERSION, .d_flags = FS_PROJ_QUOTA, .d_fieldmask = FS_DQ_BHARD};
+    say("limit", syscall(SYS_quotactl_fd, directory, QCMD(Q_XSETQLIM, 2), attributes.fsx_projid, &limits));
+    say("off", syscall(SYS_quotactl_fd, directory, QCMD(Q_XQUOTAOFF, 2), 0, &flags));
+    return 0;
+}
+
+/* Write to a file through memory until the kernel has no room for a page of it. */
+static int mapped(const char *path, long size) {
+    int file = open(path, O_RDWR | O_CREAT, 0600), status;
+    say("truncate", ftruncate(file, size));
+    char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (fork() == 0) {
+        for (long at = 0; at < size; at += 4096) memory[at] = 1;
+        _exit(0);
+    }
+    wait(&status);
+    printf("signal=%d\n", WIFSIGNALED(status) ? WTERMSIG(status) : 0);
+    return 0;
+}
+
+/* Make a chain of so many directories with the longest names, as far as it goes. */
+static int deep(const char *path, long levels) {
+    char name[256] = {0};
+    memset(name, 'd', 255);
+    say("top", mkdir(path, 0700));
+    int directory = open(path, O_RDONLY | O_DIRECTORY);
+    long level = 0;
+    for (; level < levels; level++) {
+        int below = mkdirat(directory, name, 0700) ? -1 : openat(directory, name, O_RDONLY | O_DIRECTORY);
+        if (below < 0) break;
+        close(directory);
+        directory = below;
+    }
+    printf("levels=%ld\n", level);
+    return 0;
+}
+
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
     if (!strcmp(what, "calls")) return calls();
@@ -417,6 +481,9 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "nested")) return nested();
     if (!strcmp(what, "loosen")) return loosened(argv[2]);
     if (!strcmp(what, "effective")) return effective();
+    if (!strcmp(what, "projects")) return projects(argv[2]);
+    if (!strcmp(what, "map")) return mapped(argv[2], atol(argv[3]));
+    if (!strcmp(what, "deep")) return deep(argv[2], atol(argv[3]));
     if (!strcmp(what, "streams")) return streams();
     fprintf(stderr, "attack: nothing called '%s'\n", what);
     return 2;

@@ -77,7 +77,7 @@ class LiveBackend(MemoryBackend):
 class ThreadLane:
     """A `Lane` whose worker is a thread for each job."""
 
-    def __init__(self, backend: LiveBackend) -> None:
+    def __init__(self, backend: LiveBackend, _after_destroy: Callable[[], None]) -> None:
         self._backend = backend
         self._generation = 0
         self._threads: list[threading.Thread] = []

@@ -61,6 +61,17 @@ class ProcessBackend:
                 os.kill(int(text), signal.SIGKILL)
         path.unlink()
 
+    def leftovers(self) -> bool:
+        """See `Backend.leftovers`: removed is removed."""
+        return False
+
+    def sweep(self) -> None:
+        """See `Backend.sweep`."""
+
+    def disk_bound(self) -> str:
+        """See `Backend.disk_bound`: there is none."""
+        return "none"
+
     def newest(self, image_name: str) -> Image | None:  # noqa: ARG002  # there is just one
         return IMAGE
 

@@ -64,16 +64,20 @@ class Finished:
 class Service:
     """A service with directories of its own; used again after it has ended, it takes them up again."""
 
-    def __init__(self, images: Path | None = None, namespace: Namespace | None = None) -> None:
+    def __init__(
+        self, images: Path | None = None, namespace: Namespace | None = None, place: Path | None = None
+    ) -> None:
         """Make the directories.
 
         Args:
             images: An image directory to begin with, by hard links; None: the service has to build its image.
             namespace: The network namespace that it runs in; None: the machine's.
+            place: Where its directories are to be; None: where temporary ones are. On another file system, the images
+                are copied.
         """
         self.namespace = namespace
         # Not pytest's: users without rights can't get into those, and they are too long for a socket.
-        self.directory = Path(tempfile.mkdtemp(prefix="lxp-test-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="lxp-test-", dir=place))
         self.directory.chmod(0o755)
         self.host_dir = self.directory / "host"
         self.state_dir = self.directory / "state"
@@ -85,7 +89,8 @@ class Service:
         self._pools: list[PoolServiceProxy] = []
         if images is not None:
             self.state_dir.mkdir(mode=0o755)
-            subprocess.run(["cp", "-al", str(images), str(self.state_dir / "images")], check=True)
+            how = "-al" if place is None else "-a"
+            subprocess.run(["cp", how, str(images), str(self.state_dir / "images")], check=True)
 
     @property
     def pid(self) -> int:

@@ -62,6 +62,17 @@ class TrialBackend:
         (self.notes / "partial").rename(self.notes / name)
         time.sleep(3600)
 
+    def leftovers(self) -> bool:
+        """See `Backend.leftovers`: removed is removed."""
+        return False
+
+    def sweep(self) -> None:
+        """See `Backend.sweep`."""
+
+    def disk_bound(self) -> str:
+        """See `Backend.disk_bound`: there is none."""
+        return "none"
+
     def newest(self, image_name: str) -> Image | None:
         raise NotImplementedError
 

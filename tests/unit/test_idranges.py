@@ -57,3 +57,13 @@ def test_the_registry_is_closed_to_others(registry: Path) -> None:
     first = take("x", registry=registry, subids=())
     assert registry.stat().st_mode & 0o777 == 0o700
     assert (registry / str(first)).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_range_that_is_of_no_use_is_passed_over(registry: Path) -> None:
+    usual = idranges.DEFAULT_BASE
+    first = take("a", registry=registry, subids=(), unless=lambda first: first < usual + 2 * SIZE)
+    assert first == usual + 2 * SIZE
+    assert idranges.taken(registry=registry) == {first}
+    assert idranges.holder(first, registry=registry) == "a"
+    assert idranges.holder(first + SIZE, registry=registry) is None
+    assert idranges.taken(registry=registry / "missing") == frozenset()

@@ -144,7 +144,7 @@ def test_a_lane_whose_new_worker_can_not_be_started_is_broken_until_it_can(
 ) -> None:
     worker_of(lane)
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "_start_fork_server", mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+        patch.setattr(worker, "start_fork_server", mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
         lane.replace()
     assert "can't be started" in caplog.text
     assert isinstance(outcome(lane, PrepareJob("busybox")), LaneBroken)

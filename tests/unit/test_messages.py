@@ -53,7 +53,12 @@ PROFILE: dict[str, Any] = dict.fromkeys(ProfileStatus.__dataclass_fields__, 0) |
 STATUS = PoolStatus(
     **COUNTS
     | {"running": True, "socket_path": "/s", "uptime": 0.5, "last_error": "words", "backoff": 0.25, "draining": False}
-    | {"ledger": None, "configuration": "words", "profiles": {"default": ProfileStatus(**PROFILE)}}
+    | {
+        "ledger": None,
+        "configuration": "words",
+        "disk_bound": "tmpfs",
+        "profiles": {"default": ProfileStatus(**PROFILE)},
+    }
 )
 INFO = ContainerInfo("c1", "default", State.LEASED, ContainerId("job", 1, 2), 3, 0, 1.5, 4, None)
 

@@ -11,6 +11,7 @@ a monitor that is a copy of a Python process is four times as large (both measur
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -26,6 +27,8 @@ from lxc_pool.backend.lxc import (
     binding,
     console,
     container_config,
+    discarded,
+    layers,
     limits,
     probe,
     profile_mounts,
@@ -34,7 +37,7 @@ from lxc_pool.backend.lxc import (
     rootfs,
 )
 from lxc_pool.backend.protocol import Blueprint, Endpoint
-from lxc_pool.errors import CloneFailed, ConfigError, ImageError, StartFailed
+from lxc_pool.errors import CloneFailed, ConfigError, DestroyFailed, ImageError, StartFailed
 from lxc_pool.host import cgroups, idranges, mounts, netlink
 from lxc_pool.host.processes import ProcessIdentity, has_executed, identify
 from lxc_pool.images.store import Image, ImageStore, verify
@@ -127,6 +130,26 @@ class LxcBackend:
         """See `Backend.destroy`."""
         removal.remove(name, self.lxcpath, force=force)
 
+    def leftovers(self) -> bool:
+        """See `Backend.leftovers`."""
+        return bool(discarded.names(self.lxcpath))
+
+    def sweep(self) -> None:
+        """See `Backend.sweep`."""
+        problems = []
+        for name in discarded.names(self.lxcpath):
+            try:
+                discarded.remove(self.lxcpath, name)
+            except OSError as error:
+                problems.append(f"{name}: {error}")
+        discarded.remove_place(self.lxcpath)
+        if problems:
+            raise DestroyFailed(f"upper layers are not quite gone: {'; '.join(problems)[:1000]}")
+
+    def disk_bound(self) -> str:
+        """See `Backend.disk_bound`."""
+        return layers.bound(self.lxcpath)[0]
+
     def newest(self, image_name: str) -> Image | None:
         """See `Backend.newest`."""
         return ImageStore(self._image_directory).newest(image_name)
@@ -142,7 +165,7 @@ class LxcBackend:
     def names(self) -> tuple[str, ...]:
         """See `Backend.names`."""
         with contextlib.suppress(FileNotFoundError):
-            return tuple(sorted(os.listdir(self.lxcpath)))
+            return tuple(sorted(name for name in os.listdir(self.lxcpath) if not name.startswith(".")))
         return ()
 
     def _create(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
@@ -187,9 +210,12 @@ class LxcBackend:
     def _clone(self, blueprint: Blueprint, directory: Path) -> int | None:
         """Make the container's directory; return the first of its ids, None if it is privileged."""
         directory.mkdir(mode=0o700)
-        first_id = None if blueprint.profile.privileged else idranges.take(str(directory), self._id_base)
+        first_id = None
         rootfs.make_mount_point(directory)
-        if first_id is not None:
+        if not blueprint.profile.privileged:
+            in_use = functools.partial(layers.in_use, self.lxcpath)
+            first_id = idranges.take(str(directory), self._id_base, unless=in_use)
+            layers.make(directory, first_id, blueprint.profile.disk)
             # The container's root goes through to its rootfs; other users of the host do not.
             os.chown(directory, -1, first_id)
             directory.chmod(0o710)

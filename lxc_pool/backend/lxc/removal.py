@@ -1,5 +1,7 @@
 """Stop a container and remove every trace of it: processes, cgroups, directory, lock file.
 
+An upper layer on the disk is put aside, with all that goes with it; see `discarded`.
+
 Works from whatever is there, since a container may be half made, half removed, running unknown to anyone, or hung.
 """
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from lxc_pool.backend.lxc import binding, container_config
+from lxc_pool.backend.lxc import binding, container_config, discarded, layers
 from lxc_pool.errors import BackendError, DestroyFailed
 from lxc_pool.host import bridge, cgroups, idranges, mounts
 from lxc_pool.host.residue import LOCKS, mount_points
@@ -31,14 +33,16 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
     problems = [*_remove_cgroups(name), *_unmount_below(directory), *_disconnect(port)]
     try:
         if not problems:
-            shutil.rmtree(directory)
+            discarded.put_aside(directory) if layers.path(directory).exists() else shutil.rmtree(directory)
     except FileNotFoundError:
         pass
     except OSError as error:
         problems.append(f"{error.filename}, below {directory}: {error.strerror}")  # rmtree tells no path
     with contextlib.suppress(FileNotFoundError):
         (LOCKS / str(lxcpath).lstrip("/") / f".{name}").unlink()
-    if not problems:
+    if not problems and not discarded.is_there(lxcpath, name):
+        if first_id is None:
+            layers.forget(lxcpath, name)
         idranges.give_back(str(directory), first_id)  # only now that nothing of these ids is left
     if problems:
         raise DestroyFailed(f"{name} is not quite gone: {'; '.join(problems)[:1000]}")

@@ -1,7 +1,7 @@
-"""Put a container's root file system together: an overlay of a small tmpfs over the immutable image.
+"""Put a container's root file system together: an overlay of a bounded upper layer over the immutable image.
 
 ```
- DIRECTORY/disk    a tmpfs of the profile's `disk` bytes, gone with the container
+ DIRECTORY/disk    a tmpfs of the profile's `disk` bytes, gone with the container; or DIRECTORY/layer, if there is one
             ├─ delta, work    what the container writes
             ├─ image          the image, seen through the container's ids (an idmapped mount), never copied
             └─ rootfs         the overlay of delta over image
@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from lxc_pool.backend.lxc import layers
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.host import mount_calls, mounts
 
@@ -51,7 +52,7 @@ def mounted(blueprint: Blueprint, directory: Path, user_namespace: int | None, o
         OSError: The kernel refused.
     """
     disk, image = directory / _DISK, blueprint.image.rootfs
-    with mounts.mounted("tmpfs", disk, f"size={blueprint.profile.disk},mode=0755"):
+    with _upper(blueprint, directory):
         for part in ("delta", "work", "image", "rootfs"):
             (disk / part).mkdir(mode=0o755)
         for part in ("delta", "work"):
@@ -59,8 +60,18 @@ def mounted(blueprint: Blueprint, directory: Path, user_namespace: int | None, o
         if user_namespace is not None:
             image = disk / "image"
             mounts.mount_idmapped(blueprint.image.rootfs, image, user_namespace)
-        options = f"lowerdir={image},upperdir={disk}/delta,workdir={disk}/work"
+        # Volatile: no layer outlives its container, so nothing a container syncs need be on the disk; and without it,
+        # the kernel would write out the whole file system when one stops. Source: Linux filesystems/overlayfs.rst.
+        volatile = ",volatile" if layers.path(directory).exists() else ""
+        options = f"lowerdir={image},upperdir={disk}/delta,workdir={disk}/work{volatile}"
         # No devices: a node in an imported image would be the host's device. The container can't undo what was so when
         # its user namespace came; liblxc binds its own nodes over /dev.
         mounts.mount("overlay", path(directory), options, mount_calls.NODEV)
         yield
+
+
+def _upper(blueprint: Blueprint, directory: Path) -> contextlib.AbstractContextManager[None]:
+    """Have at the mount point what the container writes to."""
+    if (layer := layers.path(directory)).exists():
+        return mounts.mounted_again(layer, directory / _DISK)
+    return mounts.mounted("tmpfs", directory / _DISK, f"size={blueprint.profile.disk},mode=0755")
