@@ -61,11 +61,12 @@ def enter_and_exec(
         door: The way in.
     """
     stage, text = "enter", "entering the container"
-    confinement = door.confinement
+    confinement, report = door.confinement, fds[3]
     try:
         if not door.unified:
             cgroups.enter(f"/proc/self/fd/{cgroup}")
         _arrange_descriptors((*fds, door.pidfd))
+        report = _REPORT
         if is_withdrawn(_REPORT):
             raise InterruptedError(errno.EINTR, "withdrawn")
         if request.operation:
@@ -104,7 +105,7 @@ def enter_and_exec(
     except BaseException as exc:  # noqa: BLE001 - a fork must never return into its parent's code
         failure = Failed(0, "enter", f"{text}: {exc!r}")
     try:
-        posix.write(_REPORT, failure.encode())
+        posix.write(report, failure.encode())
     finally:
         posix._exit(127)  # noqa: SLF001 - that is its name
 

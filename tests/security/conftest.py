@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lxc_pool import Container, PoolServiceProxy
+from lxc_pool.images import busybox
 from lxc_pool.images.store import ImageStore
 from tests.security.attackers import LIMITS, Attacker
 from tests.support import real_service
@@ -23,8 +24,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if (reason := real_service.missing()) is not None:
         pytest.skip(reason)
     directory = tmp_path_factory.mktemp("images")
-    image = ImageStore(directory).ensure("busybox", lambda _line: None)
-    subprocess.run(["mknod", "-m", "666", str(image.rootfs / "zero"), "c", "1", "5"], check=True)
+
+    def build(rootfs: Path, report: Callable[[str], None]) -> None:
+        busybox.build(rootfs, report)
+        subprocess.run(["mknod", "-m", "666", str(rootfs / "zero"), "c", "1", "5"], check=True)
+
+    ImageStore(directory).build("busybox", lambda _line: None, build)
     return directory
 
 

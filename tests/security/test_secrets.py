@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lxc_pool import hostdir
-from lxc_pool.errors import LxcPoolError
 from tests.support.real_service import Service
+from tests.support.waiting import eventually
 
 ARGUMENT, VARIABLE, INPUT, OUTPUT = "hunter-argument", "hunter-variable", "hunter-input", "hunter-output"
 
@@ -67,13 +67,12 @@ def test_neither_key_nor_what_commands_are_given_or_say_is_written_down(service:
 
 def test_what_a_probe_says_is_shown_without_what_a_terminal_obeys(service: Service) -> None:
     configuration = (
-        '[pool]\nsize = 1\ncreate_timeout = 1.5\n[profile.default]\nprobe = ["sh", "-c", '
+        '[pool]\nsize = 1\n[profile.default]\nprobe_timeout = 0.2\nprobe = ["sh", "-c", '
         "\"printf '\\\\033[31mred\\\\033]0;title\\\\007\\\\r\\\\nsecond'; exit 1\"]\n"
     )
     try:
         pool = service.start(config=configuration)
-        with pytest.raises(LxcPoolError):
-            pool.wait_ready(timeout=6)
+        eventually(lambda: pool.status().last_error, "the probe's time is over")
         error = pool.status().last_error
         assert error is not None
         assert "red" in error
