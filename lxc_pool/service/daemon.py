@@ -117,6 +117,7 @@ def serve(
         )
         stack.callback(pool.let_go)
         present = _present(backend, instance, state_dir, host_dir)
+        ledger.note_unknown(_made(backend, instance, state_dir))
         pool.restore(judge(entries, present, config, backend.newest, watchdog.now(), fits=network.addresses.fits))
         sweeper.wake()
         dispatcher.open()
@@ -165,6 +166,13 @@ def _workers(stack: contextlib.ExitStack, backend: Backend, number: int) -> tupl
         lane.open()
         stack.callback(lane.close)
     return lanes, sweeper
+
+
+def _made(backend: Backend, instance: str, state_dir: Path) -> set[str]:
+    """Return the names of the containers that the ledger has to know: none is made before it is written down."""
+    prefix = name_prefix(instance)
+    made = {name for name in backend.names() if name.startswith(prefix)}
+    return made - set(residue.discarded(prefix, state_dir / "containers"))
 
 
 def _present(backend: Backend, instance: str, state_dir: Path, host_dir: Path) -> list[str]:

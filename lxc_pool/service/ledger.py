@@ -20,6 +20,7 @@ import dataclasses
 import logging
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,21 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             raise BackendError(f"the ledger {self.path} can't be made: {error}") from error
 
+    def note_unknown(self, made: set[str]) -> None:
+        """Compare it, once it is open, with the containers that are there: what it does not know, it has lost.
+
+        A ledger that was emptied, or whose newest part is gone, is no corrupt one to SQLite.
+        """
+        assert self._database is not None, "it is open"
+        known = {name for (name,) in self._database.execute("SELECT name FROM container")}
+        lost = sorted(made - known)
+        if lost and self.notice is None:
+            self.notice = (
+                f"the ledger {self.path} has lost what it knew of {len(lost)} containers on this host, {lost[0]} for "
+                "one: they are removed, whoever may have leased them"
+            )
+            log.warning("%s", self.notice)
+
     def write(self, entry: Entry) -> None:
         """See `Journal.write`."""
         self._overtake(entry.name)
@@ -198,6 +214,7 @@ class Ledger:
 
     def _load(self) -> tuple[Entry, ...]:
         self.close()
+        _require_files(self.path)
         # It says who has what: root's alone. The files beside it get the same mode. Source: SQLite, os_unix.c,
         # findCreateFileMode.
         try:
@@ -215,12 +232,7 @@ class Ledger:
         try:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = OFF")
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version not in (0, _SCHEMA):
-                raise BackendError(
-                    f"the ledger {self.path} is of version {version}, this service writes {_SCHEMA}: run the lxc-pool "
-                    "that wrote it, or remove everything with that one's `lxc-pool cleanup --all --execute`"
-                )
+            _require_version(self.path, database)
             database.executescript(_TABLES)
             database.execute(f"PRAGMA user_version = {_SCHEMA}")
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
@@ -266,13 +278,42 @@ def read(path: Path) -> tuple[Entry, ...]:
     """
     if not path.exists():
         return ()
+    _require_files(path)
     try:
         intended = _read_intent(path)  # before the rows: one that is newer is then seen
         database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
         with contextlib.closing(database):
+            _require_version(path, database)
             return _entries(database, intended)
     except (sqlite3.Error, OSError, msgspec.MsgspecError) as error:
         raise BackendError(f"the ledger {path} can't be read: {error}") from error
+
+
+def _require_files(path: Path) -> None:
+    """Refuse to open what is no file: a fifo would never be opened, and what a link leads to is not ours.
+
+    Raises:
+        BackendError: The message says what to do.
+    """
+    for suffix in ("", "-wal", "-shm", "-intent"):
+        file = path.with_name(path.name + suffix)
+        with contextlib.suppress(OSError):  # it is not there, or can't be opened either
+            if not stat.S_ISREG(os.lstat(file).st_mode):
+                raise BackendError(f"{file} is no file: it belongs to the ledger's; move away what is there")
+
+
+def _require_version(path: Path, database: sqlite3.Connection) -> None:
+    """Refuse a ledger that another version of lxc_pool has written.
+
+    Raises:
+        BackendError: The message says what to do.
+    """
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version not in (0, _SCHEMA):
+        raise BackendError(
+            f"the ledger {path} is of version {version}, and not {_SCHEMA}: run the lxc-pool that wrote it, or remove "
+            "everything with that one's `lxc-pool cleanup --all --execute`"
+        )
 
 
 def _intent_path(path: Path) -> Path:
@@ -295,4 +336,5 @@ def _entries(database: sqlite3.Connection, intended: Entry | None) -> tuple[Entr
 
 
 def _is_corruption(error: sqlite3.OperationalError) -> bool:
-    return error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    # SQLITE_ERROR: what we ask for makes no sense, since its tables are not ours.
+    return error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable
@@ -242,3 +243,55 @@ def test_an_intent_that_has_no_room_is_an_error(path: Path) -> None:
         book.intend(entry("c1", State.LEASED, LEASE))
     assert ledger.read(path) == (entry(),)
     book.close()
+
+
+def _make_link(path: Path) -> None:
+    path.symlink_to("/etc/passwd")
+
+
+@pytest.mark.timeout(10)  # a fifo is never opened
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, _make_link], ids=["fifo", "directory", "link"])
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-intent"])
+def test_what_is_no_file_is_told_and_left_alone(path: Path, make: Callable[[Path], None], suffix: str) -> None:
+    if suffix:
+        path.touch()
+    place = path.with_name(path.name + suffix)
+    make(place)
+    for act in (Ledger(path).open, lambda: ledger.read(path)):
+        with pytest.raises(BackendError, match=f"{place} is no file.*move away"):
+            act()
+    assert os.path.lexists(place)
+
+
+def test_one_with_tables_of_others_is_a_corrupt_one(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE container (something INTEGER)")
+    book = Ledger(path)
+    assert book.open() == ()
+    assert book.notice is not None
+    assert "set aside" in book.notice
+    book.close()
+
+
+def test_one_of_another_version_is_not_read_either(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    book.close()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 7")
+    with pytest.raises(BackendError, match="version 7"):
+        ledger.read(path)
+
+
+def test_what_it_should_know_and_does_not_is_said_once(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    book.write(entry("c1"))
+    book.note_unknown({"c1"})
+    before = book.notice
+    book.note_unknown({"c1", "c2", "c3"})
+    after = book.notice
+    book.close()
+    assert before is None
+    assert after is not None
+    assert "lost what it knew of 2 containers on this host, c2" in after
