@@ -46,6 +46,8 @@ def check_stdio(fd: int) -> None:
     /proc/self/fd, a terminal takes injected input (TIOCSTI), and a socket, of whatever kind, takes the interface ioctls
     of the network namespace it was made in: root of a privileged container could reconfigure the host's network by it.
 
+    Looking at it takes for ever where its file system hangs, a client's FUSE, say: hold no lock. Closing it does, too.
+
     Raises:
         TypeError: It is of another kind; the message names it.
         ValueError: It is no open descriptor.

@@ -188,14 +188,15 @@ class PoolServer(managers.Server):
         """End all connections, but let those that asked for the end have their answer; wait for their threads.
 
         Args:
-            timeout: Seconds that a thread has to end.
+            timeout: Seconds that they have to end, all together.
         """
         with self._lock:
             threads = dict(self._sessions)
         for session in threads:
             session.end()
+        deadline = time.monotonic() + timeout
         for thread in threads.values():
-            thread.join(timeout)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _connections_of(self, uid: int) -> int:
         with self._lock:

@@ -16,10 +16,20 @@ from lxc_pool.client.control import Control
 from lxc_pool.client.process import Process
 from lxc_pool.client.stdio import Streams
 from lxc_pool.errors import ExecFailed
-from lxc_pool.execution import packets
+from lxc_pool.execution import entry, packets
 from lxc_pool.execution.cgroups import CommandCgroup, Membership, parse_mounts, plan
+from lxc_pool.execution.confinement import Confinement
 from lxc_pool.execution.launcher import Launcher
-from lxc_pool.execution.protocol import Exited, Failed, KillTree, Signal, Started, decode_order
+from lxc_pool.execution.protocol import (
+    ExecRequest,
+    Exited,
+    Failed,
+    KillTree,
+    Signal,
+    Started,
+    decode_event,
+    decode_order,
+)
 from tests.support.recorded_layouts import LAYOUTS, Host
 
 HYBRID = """\
@@ -225,3 +235,24 @@ def test_contradicting_text_options_are_refused() -> None:
         Process.start(lambda *_: None, ["x"], text=True, universal_newlines=False)
     with pytest.raises(TypeError, match="bufsize"):
         Process.start(lambda *_: None, ["x"], bufsize="1")  # type: ignore[arg-type] # that is the test
+
+
+def test_a_cgroup_that_can_not_be_entered_is_reported_whatever_number_the_report_has(tmp_path: Path) -> None:
+    theirs, ours = packets.pair()
+    walls = Confinement(
+        0, own_pids=False, bounding=0, no_new_privs=False, filters=(), limits=(), oom_score_adj="0", label=None
+    )
+    null, no_cgroup = os.open(os.devnull, os.O_RDWR), os.open(tmp_path, os.O_RDONLY)
+    with theirs, ours:
+        door = entry.Door(os.getpid(), null, unified=False, confinement=walls, changed_limits=())
+        request = ExecRequest(("true",), {})
+        pid = os.fork()
+        if pid == 0:  # pragma: no cover - it ends in the function
+            entry.enter_and_exec(request, (null, null, null, theirs.fileno()), no_cgroup, door)
+        theirs.close()
+        ours.settimeout(10)
+        failed = decode_event(ours.recv(4096))
+        os.waitpid(pid, 0)
+    os.close(null)
+    os.close(no_cgroup)
+    assert failed == Failed(2, "enter", "entering the container: No such file or directory")
