@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import select
 import signal
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -43,25 +46,32 @@ MOUNT_WHAT_HANGS = """
 """
 
 
-@pytest.fixture
-def hanging(tmp_path: Path) -> Iterator[Path]:
-    """A directory on a file system whose server never answers."""
+@contextlib.contextmanager
+def mounted_fuse(path: Path) -> Iterator[int]:
+    """Have a FUSE file system there; yield the descriptor that its server has to read."""
     try:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         pytest.skip(f"needs a file system that hangs, by FUSE: {error}")
-    path = tmp_path / "hanging"
-    path.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other"
     try:
         assert libc.mount(b"hanging", os.fsencode(path), b"fuse", 0, options.encode()) == 0, ctypes.get_errno()
         try:
-            yield path
+            yield device
         finally:
             assert libc.umount2(os.fsencode(path), 2) == 0
     finally:
         os.close(device)
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[Path]:
+    """A directory on a file system whose server never answers."""
+    path = tmp_path / "hanging"
+    path.mkdir()
+    with mounted_fuse(path):
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +230,96 @@ def test_a_mount_outlives_the_service_and_the_next_one_takes_it_away(
     service.await_ready()
     assert leased.run(["cat", "/mnt/x/file"], stdout=subprocess.PIPE).stdout == b"words\n"
     leased.unmount("/mnt/x")
+
+
+RUN_ON_WHAT_STALLS = """
+    import os, socket
+    from lxc_pool.execution.protocol import ExecRequest
+    from lxc_pool.wire import messages
+
+    stream = os.open({path!r}, os.O_RDONLY)
+    null = os.open("/dev/null", os.O_RDWR)
+    ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    container = pool.container({name!r})
+    print("begun", flush=True)
+    call = messages.Execute(container.name, ExecRequest(("true",), {{}}).encode())
+    try:
+        container._caller.ask(call, descriptors=[stream, null, null, control.fileno()])
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+class StallingServer:
+    """Answers for a FUSE file system until somebody asks what a file is like: that it hears, and says nothing more.
+
+    Source: Linux include/uapi/linux/fuse.h.
+    """
+
+    def __init__(self, path: Path, device: int) -> None:
+        self._path = path
+        self.asked = threading.Event()
+        self._device = device
+        self._end = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        poll = select.poll()
+        poll.register(self._device, select.POLLIN)
+        poll.register(self._end, select.POLLIN)
+        while self._end not in dict(poll.poll()):
+            try:
+                request = os.read(self._device, 1 << 18)
+            except OSError as error:
+                assert error.errno == errno.ENODEV, error  # it has been aborted
+                return
+            _length, kind, unique = struct.unpack_from("=IIQ", request)
+            if kind == 26:  # FUSE_INIT
+                body = struct.pack("=4I2H2I2HI", 7, 31, 65536, 0, 12, 9, 4096, 1, 1, 0, 0) + bytes(28)
+            elif kind == 27:  # FUSE_OPENDIR
+                body = bytes(16)
+            else:
+                self.asked.set()
+                continue
+            os.write(self._device, struct.pack("=IiQ", 16 + len(body), 0, unique) + body)
+
+    def abort(self) -> None:
+        """End the file system, as root can: everybody who waits for it is told so."""
+        # MNT_FORCE; whoever has it open keeps it mounted. Source: Linux fs/fuse/inode.c, fuse_umount_begin.
+        ctypes.CDLL(None).umount2(os.fsencode(self._path), 1)
+
+    def close(self) -> None:
+        os.eventfd_write(self._end, 1)
+        self._thread.join()
+        os.close(self._end)
+
+
+@pytest.fixture
+def stalling(tmp_path: Path) -> Iterator[tuple[Path, StallingServer]]:
+    """A directory that can be opened, on a file system whose server then answers no more; it ends with the fixture."""
+    path = tmp_path / "hanging"
+    path.mkdir()
+    with mounted_fuse(path) as device, contextlib.closing(StallingServer(path, device)) as server:
+        yield path, server
+
+
+def test_a_stream_on_a_file_system_that_hangs_holds_up_its_own_connection_alone(
+    service: FaultyService, leased: Container, stalling: tuple[Path, StallingServer]
+) -> None:
+    path, server = stalling
+    pool = service.connect()
+    before = pool.status().client_count
+    with service.client(RUN_ON_WHAT_STALLS.format(path=str(path), name=leased.name)) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "begun\n"
+        assert server.asked.wait(10), "the service has not looked at it"
+        assert leased.run(["echo", "x"], capture_output=True, timeout=30).stdout == b"x\n"
+        pool.wait_ready(timeout=30)
+        with pool.lease("another", timeout=30) as another:
+            assert another.run(["true"], timeout=30).returncode == 0
+        client.kill()
+        client.wait()
+        assert pool.status().client_count > before  # it counts as its user's for as long as it is held up
+    server.abort()
+    eventually(lambda: pool.status().client_count <= before, "the kernel has let it go")
