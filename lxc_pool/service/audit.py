@@ -28,6 +28,10 @@ from lxc_pool.service.ledger import Entry
 _ENDING = 0.5
 """Seconds that a process has to end before it is residue, beside a running service. A guess: a monitor takes 1 ms."""
 
+_COUNTING = 10.0
+"""Seconds that the kernel may go on counting files of an upper layer that is removed. A guess: XFS does for some
+milliseconds."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
@@ -129,7 +133,7 @@ def clean(
             continue
         try:
             removal.remove(name, lxcpath, force=True)
-            discarded.remove(lxcpath, name)
+            discarded.remove(lxcpath, name, patience=_COUNTING)
             discarded.remove_place(lxcpath)
         except (LxcPoolError, OSError) as error:
             failed[name] = str(error)

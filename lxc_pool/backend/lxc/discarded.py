@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 from lxc_pool.backend.lxc import container_config, layers
@@ -23,6 +24,9 @@ from lxc_pool.host.residue import DISCARDED
 _ROOM, _ROOM_INODES = 64 << 20, 1024
 """Bytes and inodes above what a layer takes that its removal may take for a while: renaming makes a directory larger.
 Guesses."""
+
+_PAUSE = 0.05
+"""Seconds between two looks whether the kernel still counts a file."""
 
 
 def put_aside(directory: Path) -> None:
@@ -57,8 +61,13 @@ def names(lxcpath: Path) -> tuple[str, ...]:
         return ()
 
 
-def remove(lxcpath: Path, name: str) -> None:
+def remove(lxcpath: Path, name: str, *, patience: float = 0.0) -> None:
     """Remove what was put aside of the container *name*; not an error if nothing was.
+
+    Args:
+        lxcpath: The directory of the containers.
+        name: Which.
+        patience: Seconds that the kernel may go on counting files that are removed: XFS does for a moment.
 
     Raises:
         OSError: Something of it is still there.
@@ -68,9 +77,13 @@ def remove(lxcpath: Path, name: str) -> None:
         return
     project = _remove_layer(directory) or _project_of_removed(lxcpath, name)
     if project is not None:
+        deadline = time.monotonic() + patience
         with layers.opened(directory) as place:
-            if quota.enforced(place) and (left := quota.of_project(place, project)).inodes:
-                raise OSError(errno.EBUSY, f"files that are still open keep {left.used} bytes of it", str(directory))
+            while quota.enforced(place) and (left := quota.of_project(place, project)).inodes:
+                if time.monotonic() >= deadline:
+                    words = f"{left.inodes} removed files of it are still counted: some are open, maybe"
+                    raise OSError(errno.EBUSY, words, str(directory))
+                time.sleep(_PAUSE)  # nothing tells
     idranges.give_back(str(lxcpath / name))  # with its project, only now that nothing of either is left
     shutil.rmtree(directory)
 
