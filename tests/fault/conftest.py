@@ -10,6 +10,7 @@ import pytest
 from lxc_pool.images.store import ImageStore
 from tests.support import real_service
 from tests.support.faults import FaultyService
+from tests.support.netlab import lab  # noqa: F401  # a fixture
 
 
 @pytest.fixture(scope="session")

@@ -32,13 +32,6 @@ size = 2
 WITHOUT = "[pool]\nsize = 1\n"
 
 
-@pytest.fixture(scope="module")
-def lab(images: Path) -> Iterator[NetLab]:
-    assert images.exists()  # it is asked for first: it skips where containers can't be
-    with NetLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def service(lab: NetLab, images: Path) -> Iterator[FaultyService]:
     service = FaultyService(images, lab.host)

@@ -14,6 +14,7 @@ import pytest
 from lxc_pool import PoolServiceProxy, State
 from lxc_pool.images.store import ImageStore
 from tests.support import real_service
+from tests.support.netlab import lab  # noqa: F401  # a fixture
 from tests.support.real_service import Service
 from tests.support.starter import Starter
 

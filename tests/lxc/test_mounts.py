@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lxc_pool import Container, LeaseError, PoolServiceProxy
-from tests.support.real_service import Service
+from tests.support.real_service import Service, running
 from tests.support.waiting import eventually
 
 CONFIG = """\
@@ -60,12 +60,8 @@ def lent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mount_service(images: Path, lent: Path) -> Iterator[Service]:
-    service = Service(images)
-    try:
-        service.start(config=CONFIG.format(mounts=MOUNTS.format(lent)))
+    with running(images, CONFIG.format(mounts=MOUNTS.format(lent))) as service:
         yield service
-    finally:
-        service.close()
 
 
 @pytest.fixture

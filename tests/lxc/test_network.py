@@ -16,7 +16,7 @@ import pytest
 from lxc_pool import Container, LeaseError, LeaseExpired, PoolServiceProxy, PoolTimeout
 from tests.support import debian, netlab
 from tests.support.netlab import ANSWER, FAR, PORT, UPLINK, NetLab
-from tests.support.real_service import Service
+from tests.support.real_service import Service, running
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.host
@@ -39,21 +39,10 @@ PROFILES = ["default", "privileged"]
 
 
 @pytest.fixture(scope="module")
-def lab(images: Path) -> Iterator[NetLab]:
-    assert images.exists()  # it is asked for first: it skips where containers can't be
-    with NetLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def networked(lab: NetLab, images: Path) -> Iterator[Service]:
     """A service with a bridge, for the tests of this module that neither configure nor end it."""
-    service = Service(images, lab.host)
-    try:
-        service.start(config=CONFIG)
+    with running(images, CONFIG, lab.host) as service:
         yield service
-    finally:
-        service.close()
 
 
 @pytest.fixture

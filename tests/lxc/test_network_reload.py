@@ -24,12 +24,9 @@ OPEN = '[profile.open]\nnetwork = "bridge"\nreach = ["host"]\nsize = 1\n'
 DNS = f'[network]\ndns = ["{FAR}"]\n'
 
 
-@pytest.fixture(scope="module")
-def lab(images: Path) -> Iterator[NetLab]:
-    assert images.exists()  # it is asked for first: it skips where containers can't be
-    with NetLab() as lab:
-        lab.serve(lab.host, UPLINK, PORT)
-        yield lab
+@pytest.fixture(scope="module", autouse=True)
+def service_of_the_host(lab: NetLab) -> None:
+    lab.serve(lab.host, UPLINK, PORT)
 
 
 @pytest.fixture

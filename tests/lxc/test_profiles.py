@@ -43,6 +43,7 @@ def lease(pool: PoolServiceProxy, profile: str = "default") -> Container:
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.host
 def test_a_pool_full_of_one_profile_gives_way_to_a_request_for_another(service: Service) -> None:
     config = """
     [pool]
@@ -69,6 +70,7 @@ def test_a_pool_full_of_one_profile_gives_way_to_a_request_for_another(service: 
     assert capacities(pool) == {"default": 2, "other": 1}
 
 
+@pytest.mark.host
 def test_a_profile_grows_with_gets_that_find_none_and_shrinks_when_it_is_not_needed(service: Service) -> None:
     config = "[pool]\nworkers = 2\nshrink_after = 1\n[profile.default]\nsize = 1\nmin = 0\nmax = 3\n"
     pool = service.start(config=config)
@@ -94,6 +96,7 @@ def test_a_profile_grows_with_gets_that_find_none_and_shrinks_when_it_is_not_nee
 ROLLING = "[pool]\nworkers = 2\n[profile.default]\nsize = 4\n"
 
 
+@pytest.mark.host
 def test_a_changed_profile_rolls_over_a_few_at_a_time_and_leases_stay(service: Service) -> None:
     pool = service.start(config=ROLLING)
     leased = lease(pool)
@@ -202,6 +205,7 @@ def test_a_signal_that_comes_while_it_ends_does_not_keep_a_service(service: Serv
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.host
 def test_a_running_service_takes_up_a_new_version_of_its_image(service: Service) -> None:
     pool = service.start(config=ROLLING)
     leased = lease(pool)
@@ -269,6 +273,7 @@ def probed(images: Path) -> Iterator[PoolServiceProxy]:
         service.close()
 
 
+@pytest.mark.host
 def test_a_profiles_variables_are_those_of_its_probe_and_its_commands(probed: PoolServiceProxy) -> None:
     with probed.lease("x", timeout=20) as container:
         container.run(["test", "-e", "/greeted"], check=True)
@@ -279,6 +284,7 @@ def test_a_profiles_variables_are_those_of_its_probe_and_its_commands(probed: Po
         assert done.stdout == "bye C /root\n"
 
 
+@pytest.mark.host
 def test_a_probe_may_leave_a_process_behind(probed: PoolServiceProxy) -> None:
     with probed.lease("x", timeout=20, profile="daemon") as container:
         container.run(["sh", "-c", "ps | grep -q '[s]leep 1000'"], check=True)

@@ -15,7 +15,8 @@ from lxc_pool.images import busybox
 from lxc_pool.images.store import ImageStore
 from tests.security.attackers import LIMITS, Attacker
 from tests.support import real_service
-from tests.support.real_service import Service
+from tests.support.netlab import lab  # noqa: F401  # a fixture
+from tests.support.real_service import Service, running
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +49,8 @@ def attack_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture(scope="module")
 def real(images: Path) -> Iterator[Service]:
     """A running service with narrow limits, for the tests of a module."""
-    service = Service(images)
-    try:
-        service.start(config=LIMITS.configuration)
+    with running(images, LIMITS.configuration) as service:
         yield service
-    finally:
-        service.close()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lxc_pool.errors import UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.wire import messages
 from tests.security.attackers import ALICE, BOB, as_member, as_person
-from tests.support.real_service import Service
+from tests.support.real_service import Service, running
 
 CONFIG = """\
 [pool]
@@ -59,12 +59,8 @@ def real(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     for name in ("read", "written"):
         (directory / name).mkdir()
     os.chown(directory / "written", ALICE, ALICE)
-    service = Service(images)
-    try:
-        service.start(config=CONFIG.format(mounts=MOUNTS.format(directory)))
+    with running(images, CONFIG.format(mounts=MOUNTS.format(directory))) as service:
         yield service
-    finally:
-        service.close()
 
 
 @pytest.fixture(params=PROFILES)

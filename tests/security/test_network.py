@@ -21,7 +21,7 @@ from lxc_pool.host.bridge import hardware_address
 from tests.security.attackers import Attacker
 from tests.support import netlab
 from tests.support.netlab import FAR, METADATA, PORT, ROUTER, UPLINK, NetLab, Tap
-from tests.support.real_service import Service
+from tests.support.real_service import Service, running
 
 HOST_PORT = 8001
 """Where the host has a service of its own, on every address."""
@@ -43,21 +43,10 @@ IPV4, ARP, IPV6 = 0x0800, 0x0806, 0x86DD
 
 
 @pytest.fixture(scope="module")
-def lab(images: Path) -> Iterator[NetLab]:
-    assert images.exists()  # it is asked for first: it skips where containers can't be
-    with NetLab() as lab:
-        lab.serve(lab.host, "0.0.0.0", HOST_PORT)  # noqa: S104  # in a namespace of its own
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def networked(lab: NetLab, images: Path) -> Iterator[Service]:
-    service = Service(images, lab.host)
-    try:
-        service.start(config=CONFIG)
+    lab.serve(lab.host, "0.0.0.0", HOST_PORT)  # noqa: S104  # in a namespace of its own
+    with running(images, CONFIG, lab.host) as service:
         yield service
-    finally:
-        service.close()
 
 
 @pytest.fixture

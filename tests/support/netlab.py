@@ -19,9 +19,11 @@ import secrets
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
+
+import pytest
 
 UPLINK, ROUTER = "198.51.100.2", "198.51.100.1"
 FAR, METADATA = "203.0.113.5", "169.254.169.254"
@@ -215,3 +217,11 @@ def greeted(where: Namespace, address: str, port: int) -> bool:
 
 def json_of(text: str) -> Any:
     return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def lab(images: Path) -> Iterator[NetLab]:
+    """A host and an outside for the tests of a module; for folders whose conftest.py imports it."""
+    assert images.exists()  # it is asked for first: it skips where containers can't be
+    with NetLab() as lab:
+        yield lab

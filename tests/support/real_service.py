@@ -343,6 +343,17 @@ class Service:
         shutil.rmtree(_LOCKS / self.directory.relative_to("/"), ignore_errors=True)
 
 
+@contextlib.contextmanager
+def running(images: Path, config: str, namespace: Namespace | None = None) -> Iterator[Service]:
+    """Have a service that runs, for tests that neither configure nor end it; afterwards nothing of it may be left."""
+    service = Service(images, namespace)
+    try:
+        service.start(config=config)
+        yield service
+    finally:
+        service.close()
+
+
 def _pids() -> list[int]:
     return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and int(entry) != os.getpid()]
 
