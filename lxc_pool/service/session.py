@@ -11,6 +11,7 @@ confirmed goes back to the pool.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -18,7 +19,15 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError, QuotaExceeded, UnknownLease
+from lxc_pool.errors import (
+    AccessDenied,
+    AuthenticationFailed,
+    BackendError,
+    InternalError,
+    LxcPoolError,
+    QuotaExceeded,
+    UnknownLease,
+)
 from lxc_pool.service import trail
 from lxc_pool.service.access import Peer, Policy
 from lxc_pool.service.fairness import CONNECTION_COST
@@ -187,9 +196,11 @@ class Session:
             reply = messages.encode_failure(error)
         except (EOFError, ProtocolError):
             raise
-        except Exception as error:  # our bug: the client is told, the log has the rest, the service goes on
+        except (
+            Exception
+        ) as error:  # a shortage, or our bug: the client is told, the log has the rest, the service goes on
             log.exception("%s of %s failed", type(call).__name__, self._peer)
-            reply = messages.encode_failure(error)
+            reply = messages.encode_failure(_as_shortage(error) or error)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -246,3 +257,13 @@ class Session:
         if not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
             raise EOFError("the client closed the connection while it waited")
         raise ProtocolError("the client sent something while it waited for an answer")
+
+
+def _as_shortage(error: Exception) -> BackendError | None:
+    """Return what to tell a client if the host is short of something, which is no bug; None if it is not that."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return BackendError(
+            f"the service can't do it now: {os.strerror(error.errno)}; its administrator may raise its limits, which "
+            "`lxc-pool check` names"
+        )
+    return None

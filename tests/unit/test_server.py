@@ -22,6 +22,7 @@ from lxc_pool.backend.memory import HANG
 from lxc_pool.errors import (
     AccessDenied,
     AuthenticationFailed,
+    BackendError,
     ConfigError,
     InternalError,
     LeaseExpired,
@@ -663,17 +664,30 @@ def test_the_words_for_why_there_is_none_count_what_there_is(service: MemoryServ
 # --- bugs and the lack of things --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [KeyError("a bug"), OSError(24, "a bug: too many open files")], ids=["bug", "os"])
-def test_a_bug_of_ours_is_told_and_logged_and_the_connection_goes_on(
-    service: MemoryService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("a bug"), (InternalError, "please report it")),
+        (OSError(errno.EBADF, "a bug"), (InternalError, "please report it")),
+        (OSError(errno.EMFILE, "a bug of nobody's"), (BackendError, "Too many open files.*lxc-pool check")),
+    ],
+    ids=["bug", "os", "shortage"],
+)
+def test_a_bug_of_ours_and_a_shortage_are_told_and_logged_and_the_connection_goes_on(
+    service: MemoryService,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    told: tuple[type[Exception], str],
 ) -> None:
+    kind, words = told
     channel = service.channel()
 
     def fail() -> None:
         raise error
 
     monkeypatch.setattr(service.pool, "census", fail)
-    with caplog.at_level(logging.ERROR, session.__name__), pytest.raises(InternalError, match="please report it"):
+    with caplog.at_level(logging.ERROR, session.__name__), pytest.raises(kind, match=words):
         say(channel, messages.GetStatus())
     monkeypatch.undo()
     assert "GetStatus" in caplog.text
