@@ -84,7 +84,7 @@ class PoolNetwork:
         with self._lock:
             try:
                 self._prepare(config, spare=True)
-            except (ConfigError, BackendError) as error:
+            except (ConfigError, BackendError, OSError) as error:  # the last: no process or file can be had now
                 raise ConfigError(_placed(config, str(error))) from error
 
     def settle(self, config: Config) -> None:
@@ -183,7 +183,7 @@ class PoolNetwork:
                 bridge.make(before)
             elif not self._present:
                 remove_network(self._instance)
-        except LxcPoolError as error:
+        except (LxcPoolError, OSError) as error:
             log.error("the network can't be brought back: %s", error)  # noqa: TRY400  # the words say it all
         self.addresses.change(before)
 
@@ -248,7 +248,7 @@ def remove_network(instance: str) -> None:
                 bridge.remove_device(device)
         for table in firewall.tables(instance):
             firewall.remove_table(table)
-    except BackendError as error:
+    except (BackendError, OSError) as error:
         log.error("something of the network is left, see `lxc-pool audit`: %s", error)  # noqa: TRY400  # it says all
 
 
