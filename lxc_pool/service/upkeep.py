@@ -28,6 +28,9 @@ from lxc_pool.service.watchdog import Timer, Watch, Watched
 
 log = logging.getLogger(__name__)
 
+_KILL_AGAIN = 1.0
+"""Seconds after which killing a lane is tried again. A guess."""
+
 _DESTROY_PAUSES = (0.1, 0.5, 2.0, 10.0, 60.0)
 """Seconds until a failed removal is tried again, by how often it has failed; the last one for ever after. Guesses."""
 
@@ -248,8 +251,18 @@ class Upkeep:
         claimed = self._claim(slot, job)
         if claimed is None:
             return
-        log.warning("a lane hangs in %s; it is killed and replaced; %s", _describe(job), slot.lane.diagnose(job))
-        slot.lane.replace()
+        try:
+            found = slot.lane.diagnose(job)
+        except Exception as error:  # whatever keeps us from looking must not keep the lane
+            found = f"what it hangs on can't be seen: {error}"
+        log.warning("a lane hangs in %s; it is killed and replaced; %s", _describe(job), found)
+        try:
+            slot.lane.replace()
+        except OSError as error:  # no descriptor is to be had, say
+            log.warning("a lane that hangs can't be killed now: %s; it is tried again", error)
+            again = functools.partial(self._overdue, slot, claimed)
+            slot.timer = self._watch.call_at(self._watch.now() + _KILL_AGAIN, again)
+            return
         self._done(slot, claimed, JobTimeout(f"{_describe(job)} took longer than allowed and was killed"))
 
     def _claim(self, slot: Slot, job: Job) -> Job | None:

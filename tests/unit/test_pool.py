@@ -372,6 +372,28 @@ def test_a_lane_that_hangs_in_a_creation_is_replaced_and_the_rest_goes_on(step: 
     assert "longer than allowed" in str(world.pool.census().last_error)
 
 
+def test_a_lane_that_hangs_while_there_are_no_descriptors_is_replaced_once_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(2, workers=2)
+    world.backend.script("start", HANG)
+
+    def fail(*_arguments: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        for lane in world.lanes:
+            patch.setattr(lane, "diagnose", fail)
+            patch.setattr(lane, "replace", fail)
+        world.advance(40)
+        assert world.count(State.WARM) == 1
+        assert world.count(State.BUILDING) == 1
+    world.advance(5)
+    assert sum(lane.replaced for lane in world.lanes) == 1
+    assert world.count(State.WARM) == 2
+    assert len(world.backend.present) == 2
+
+
 @pytest.mark.parametrize("step", ["stop", "destroy"])
 def test_a_lane_that_hangs_in_a_removal_is_replaced_and_the_removal_tried_again(step: str) -> None:
     world = warm_world(1)
