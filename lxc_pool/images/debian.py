@@ -158,7 +158,8 @@ class _Steps:
         self._rootfs = rootfs
         self._report = report
         self._words = "starting"
-        self._begin, self._end = 0.0, 0.0
+        self._begin, self._end, self._done = 0.0, 0.0, 0.0
+        self._before, self._wanted = 0, 0
         self._milestones = Milestones()
 
     def heard(self, line: str) -> None:
@@ -168,18 +169,22 @@ class _Steps:
         self._words = line[3:].removesuffix("...")
         begin = next((done for step, done in _STEPS.items() if self._words.startswith(step)), None)
         if begin is not None:
-            self._begin = begin
+            self._begin = self._done = begin
             self._end = min((done for done in _STEPS.values() if done > begin), default=begin)
+            self._before, self._wanted = self._installed(), 0
             self._milestones = Milestones()
-        self._report(Milestone(self._words, self._begin))
+        self._report(Milestone(self._words, self._done))
 
     def look(self) -> None:
         """Look at what is there by now."""
-        wanted = _count(self._rootfs / "var/cache/apt/archives", ".deb")
-        there = _count(self._rootfs / "var/lib/dpkg/info", ".list")
-        if self._end > self._begin and 0 < there <= wanted and self._milestones.is_due(there / wanted):
-            done = self._begin + (self._end - self._begin) * there / wanted
-            self._report(Milestone(f"{self._words}: {there} of {wanted} packages", done))
+        self._wanted = max(self._wanted, _count(self._rootfs / "var/cache/apt/archives", ".deb"))
+        there = self._installed() - self._before
+        if self._end > self._begin and 0 < there <= self._wanted and self._milestones.is_due(there / self._wanted):
+            self._done = self._begin + (self._end - self._begin) * there / self._wanted
+            self._report(Milestone(f"{self._words}: {there} of {self._wanted} packages", self._done))
+
+    def _installed(self) -> int:
+        return _count(self._rootfs / "var/lib/dpkg/info", ".list")
 
 
 def _count(directory: Path, suffix: str) -> int:
