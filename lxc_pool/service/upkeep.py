@@ -253,7 +253,7 @@ class Upkeep:
             return
         try:
             found = slot.lane.diagnose(job)
-        except Exception as error:  # whatever keeps us from looking must not keep the lane
+        except Exception as error:  # noqa: BLE001  # whatever keeps us from looking must not keep the lane
             found = f"what it hangs on can't be seen: {error}"
         log.warning("a lane hangs in %s; it is killed and replaced; %s", _describe(job), found)
         try:
