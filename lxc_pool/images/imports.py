@@ -22,7 +22,7 @@ _DOCKER_FIRST = re.compile(
 """What the first member of an archive of `docker save` is called, and none of a root file system's."""
 
 _INFLATED = 3
-"""Bytes that come out of one of a layer's: gzip's for what systems consist of, measured with Debian: 2.7."""
+"""Bytes that come out of one of a layer's: gzip's for what systems consist of, measured with Debian: 2.6."""
 
 
 def builder(source: str) -> Builder:
