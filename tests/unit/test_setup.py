@@ -229,7 +229,7 @@ def test_the_template_is_the_defaults_and_names_every_key() -> None:
     keys = {line.split(" = ")[0].removeprefix("# ") for line in text.splitlines() if " = " in line}
     fields = [dataclasses.fields(kind) for kind in (config.Config, config.ProfileConfig, config.NetworkConfig)]
     names = {field.name for kind in fields for field in kind}
-    assert names - {"name", "profiles", "network"} <= keys
+    assert names - {"name", "profiles", "network", "source"} <= keys
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
