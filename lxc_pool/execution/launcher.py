@@ -154,10 +154,10 @@ class Launcher:
         self._send(LAUNCH, init_pid, request.encode(), [source, stdout, stdout, control, init_pidfd])
 
     def prepare(self, init_pidfd: int, init_pid: int) -> None:
-        """Make the first command in a container as quick as the next ones, by joining its cgroups ahead of it.
+        """Make the first command in a container as quick as the next ones, by sending its usher ahead of it.
 
-        Where the host has v1 hierarchies that takes 10 ms. It costs two small processes on the host, as the first
-        command does, one of them counted in the container's cgroups, until `forget` or the container's end.
+        It costs two small processes on the host, as the first command does, one of them counted in the container's
+        cgroups, until `forget` or the container's end.
 
         Raises:
             ExecFailed: As `launch`.

@@ -6,15 +6,13 @@
                                           usher     │ └──── a report socket for each: Started, Failed, executed
                                             └────► commands, its children (see `usher`)
 
-One for each container, not for each command: the usher joins the container's v1 cgroups once, which takes 10 ms, and a
-command then costs one fork. (One for each, with the next one's usher sent ahead, was no quicker than without: while a
-process waits to join a v1 cgroup it holds the lock that making and removing the command's own cgroup needs.)
+One for each container, not for each command: its usher joins the container's v1 cgroups and reads its confinement once,
+and a command then costs one fork. The service has both made ahead for the next containers on the shelf (`prepare`).
 
-`run(["true"])` end to end, against `lxc-attach --clear-env -- true` as a subprocess (medians; Linux 6.18, hybrid
-cgroups, 2 CPUs): 4.5 against 7 to 10 ms in a row; 5.4 against 22 ms with 50 ms between commands, when the grace period
-of the last join has passed. A container's first command takes 22 ms unless prepared. When it still was 6.7 ms, 1.4 were
-the way to the usher, 0.9 its fork, 2.2 the steps to execve(2), mostly pages copied on write, and 1.4 the rest;
-the usher has since taken over what it can of the 2.2. Supervisor and usher have 1.4 MB each of their own.
+`run(["true"])` end to end takes 2.9 ms, and the first in a container that was not prepared 6.2 (medians; Linux 6.18,
+hybrid cgroups, 2 CPUs). When it still was 6.7 ms, 1.4 were the way to the usher, 0.9 its fork, 2.2 the steps to
+execve(2), mostly pages copied on write, and 1.4 the rest; the usher has since taken over what it can of the 2.2.
+Supervisor and usher have 1.4 MB each of their own.
 
 It outlives agent and service for as long as it has commands. One thread; what may block it is the end of killed
 processes, `command.KILL_TIMEOUT` at most.

@@ -144,13 +144,15 @@ class PoolService:
             case messages.AwaitNetwork(name, timeout):
                 return self._await_network(caller, name, timeout)
             case _:
-                return self._answer_holder(caller.peer.lease_scope, call, descriptors)
+                return self._answer_holder(caller, call, descriptors)
 
-    def _answer_holder(self, scope: int | None, call: messages.LeaseCall, descriptors: list[int]) -> Any:
+    def _answer_holder(self, caller: Caller, call: messages.LeaseCall, descriptors: list[int]) -> Any:
         """Do what the holder of a lease asks."""
+        scope = caller.peer.lease_scope
         match call:
-            case messages.Execute():
-                return self._execute(scope, call, descriptors)
+            case messages.Execute(name):
+                self._execute(scope, call, descriptors)
+                return caller.after_answer(functools.partial(self._after_command, name))
             case messages.Release(name):
                 return self._pool.release(name, scope)
             case messages.Inspect(name):
@@ -314,6 +316,21 @@ class PoolService:
             if profile.env and not request.operation:
                 request = request._replace(env=dict(profile.env) | request.env)
             self._launcher.launch(request, (stdin, stdout, stderr), control, pidfd, pid)
+
+    def _after_command(self, name: str) -> None:
+        """Make the next containers ready for their first command, if that was the first in *name*."""
+        held: list[tuple[int, int]] = []
+
+        def hold(init: Watched) -> None:
+            with contextlib.suppress(OSError):  # no descriptor is left: those commands may take longer
+                if is_pidfd(init.descriptor):
+                    held.append((os.dup(init.descriptor), init.identity.pid))
+
+        self._pool.note_command(name, hold)
+        for pidfd, pid in held:
+            with contextlib.suppress(ExecFailed):  # the commands will say so
+                self._launcher.prepare(pidfd, pid)
+            os.close(pidfd)
 
     def _mount(self, peer: Peer, call: messages.Mount, descriptors: list[int]) -> None:
         if len(descriptors) != 3:

@@ -286,12 +286,17 @@ class RecordingLauncher:
 
     def __init__(self) -> None:
         self.launched: list[tuple[ExecRequest, int]] = []
+        self.prepared: list[int] = []
 
     def launch(
         self, request: ExecRequest, _stdio: tuple[int, int, int], _control: int, init_pidfd: int, init_pid: int
     ) -> None:
         assert f"Pid:\t{init_pid}\n" in Path(f"/proc/self/fdinfo/{init_pidfd}").read_text()
         self.launched.append((request, init_pid))
+
+    def prepare(self, init_pidfd: int, init_pid: int) -> None:
+        assert f"Pid:\t{init_pid}\n" in Path(f"/proc/self/fdinfo/{init_pidfd}").read_text()
+        self.prepared.append(init_pid)
 
 
 def test_a_command_is_handed_on_with_its_descriptors_and_the_containers_init(
