@@ -183,18 +183,23 @@ def _unit(site: Site) -> Step:
 
 
 def _limits(site: Site) -> Step:
+    """Write the limits down, and raise what is lower now; none is lowered.
+
+    They are written down even if none is: what raised it may have been for this boot alone, ourselves before a removal,
+    say.
+    """
     path = site.path(_SYSCTL)
-    low = {name: value for name, value in LIMITS.items() if not site.runs or _current(name) < value}
-    if not low and not path.exists():
-        return Step("limits", str(path), False, "not needed: this host's are high enough")
+    now = {name: _current(name) if site.runs else 0 for name in LIMITS}
+    wanted = {name: max(value, current) for name, value in LIMITS.items() if (current := now[name]) is not None}
     if path.exists() and not _is_ours(path):
         return Step("limits", str(path), False, _FOREIGN)
-    lines = [MARK, *(f"{name} = {value}" for name, value in LIMITS.items())]
+    lines = [MARK, *(f"{name} = {value}" for name, value in wanted.items())]
     step = _write_ours(site, "limits", path, "\n".join(lines) + "\n")
-    if site.execute and site.runs:
+    low = {name: value for name, value in wanted.items() if site.runs and now[name] != value}
+    if site.execute:
         for name, value in low.items():
             _proc(name).write_text(f"{value}\n", encoding="ascii")
-    if low and site.runs:
+    if low:
         raised = ", ".join(f"{name} = {value}" for name, value in low.items())
         return dataclasses.replace(step, changed=True, detail=f"{step.detail}; raised: {raised}")
     return step
@@ -247,9 +252,9 @@ def _proc(name: str) -> Path:
     return Path("/proc/sys", *name.split("."))
 
 
-def _current(name: str) -> float:
-    """Return a limit of the running kernel; one that it does not have is high enough."""
+def _current(name: str) -> int | None:
+    """Return a limit of the running kernel; None: it does not have that."""
     try:
         return int(_proc(name).read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return float("inf")
+        return None
