@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lxc_pool import Container, LeaseExpired, PoolServiceProxy
 from lxc_pool.backend.lxc import console
+from lxc_pool.images import busybox
+from lxc_pool.images.store import ImageStore
 from tests.support.real_service import Service
 from tests.support.waiting import eventually
 
@@ -93,10 +96,14 @@ def test_a_container_without_a_log_has_an_empty_one(pool: PoolServiceProxy, shar
 
 
 def test_what_an_init_says_before_it_dies_is_in_the_error(service: Service) -> None:
-    (init,) = (service.state_dir / "images").glob("busybox/*/rootfs/sbin/init")
-    init.unlink()
-    init.write_text("#!/bin/sh\necho\nprintf 'no \\033[31mroot\\007 disk\\nplease\\t insert one\\n'\n")
-    init.chmod(0o755)
+    def build(rootfs: Path, report: Callable[[str], None]) -> None:
+        busybox.build(rootfs, report)
+        init = rootfs / "sbin/init"
+        init.unlink()
+        init.write_text("#!/bin/sh\necho\nprintf 'no \\033[31mroot\\007 disk\\nplease\\t insert one\\n'\n")
+        init.chmod(0o755)
+
+    ImageStore(service.state_dir / "images").build("busybox", lambda _line: None, build)
     pool = service.start(size=1)
     said: list[str] = []
 

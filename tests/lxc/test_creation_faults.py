@@ -58,10 +58,13 @@ def test_a_lane_that_hangs_is_killed_and_replaced_while_the_others_go_on(service
 
 
 def test_a_container_that_does_not_start_is_told_in_liblxcs_words_and_never_handed_out(service: Service) -> None:
+    pool = service.start(size=2)
+    pool.wait_ready()  # then the image has been compared with its checksum
     (init,) = (service.state_dir / "images").glob("busybox/*/rootfs/sbin/init")
     away = init.with_name("away")
     init.rename(away)
-    pool = service.start(size=2)
+    pool.drain()
+    pool.resume()
     eventually(lambda: pool.status().error_count >= 3, "it was tried again")
     assert pool.get("x", 0.1) is None
     status = pool.status()
