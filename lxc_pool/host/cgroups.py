@@ -149,9 +149,12 @@ def pids(path: Path) -> tuple[int, ...]:
     """Return the processes in the cgroup *path* and in those below it, sorted; none if it is not there.
 
     Zombies are not in it (measured on both versions), nor are processes that this pid namespace can't see.
+
+    Raises:
+        OSError: It can't be looked into: there is no descriptor left, say.
     """
     found: set[int] = set()
-    for directory, _, _ in os.walk(path):
+    for directory, _, _ in os.walk(path, onerror=_unless_gone):
         # ENODEV: removed meanwhile; EOPNOTSUPP: threaded, the cgroup above lists its processes.
         with contextlib.suppress(OSError):
             found.update(int(line) for line in _read(os.path.join(directory, "cgroup.procs")).split())
@@ -170,6 +173,9 @@ def kill(*paths: Path, timeout: float = 2.0) -> tuple[int, ...]:
 
     Returns:
         The pids that are still there: none if all are empty.
+
+    Raises:
+        OSError: They can't be looked into.
     """
     deadline = time.monotonic() + timeout
     for path in paths:
@@ -294,13 +300,16 @@ def _remove(path: Path, deadline: float) -> str:
     """Remove *path* and what is below; return what went wrong, or an empty string."""
     while True:
         failure: OSError | None = None
-        for directory, _, _ in os.walk(path, topdown=False):
-            try:
-                os.rmdir(directory)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                failure = failure or error
+        try:
+            for directory, _, _ in os.walk(path, topdown=False, onerror=_unless_gone):
+                try:
+                    os.rmdir(directory)
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    failure = failure or error
+        except OSError as error:  # a cgroup that was not looked into is not a cgroup that is gone
+            return f"{error.filename}: {error.strerror}"
         if failure is None:
             return ""
         if left := pids(path):
@@ -308,6 +317,12 @@ def _remove(path: Path, deadline: float) -> str:
         if failure.errno != errno.EBUSY or time.monotonic() >= deadline:
             return f"{failure.filename}: {failure.strerror}"
         select.select([], [], [], _RETRY)
+
+
+def _unless_gone(error: OSError) -> None:
+    """Raise what os.walk would pass over, but for a cgroup that was removed meanwhile, or never was."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV):
+        raise error
 
 
 def _all_pids(paths: Iterable[Path]) -> tuple[int, ...]:

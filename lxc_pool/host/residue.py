@@ -81,11 +81,6 @@ def discarded(prefix: str, lxcpath: Path) -> frozenset[str]:
         return frozenset()
 
 
-def meeting_places(host_dir: Path) -> tuple[Path, ...]:
-    """Return the sockets and keys that are in a host dir, those half made too."""
-    return tuple(path for pattern in ("pool.sock*", "authkey", ".authkey.*") for path in sorted(host_dir.glob(pattern)))
-
-
 def is_there(trace: Trace) -> bool:
     """Look again whether a trace is still there."""
     if trace.process is not None:

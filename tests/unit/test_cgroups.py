@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Never
 
 import pytest
 
@@ -379,3 +380,23 @@ def test_more_processes_than_are_watched_at_a_time_are_all_killed(
                 pass
     assert threading.active_count() == 1
     assert {child.returncode for child in children} == {-signal.SIGKILL}
+
+
+def test_what_can_not_be_looked_into_is_neither_empty_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "there"
+    path.mkdir()
+
+    def scandir(where: object) -> Never:
+        raise OSError(errno.EMFILE, "Too many open files", str(where))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(OSError, match="Too many open files"):
+            cgroups.pids(path)
+        with pytest.raises(DestroyFailed, match=r"there: Too many open files"):
+            cgroups.remove(path, timeout=0)
+    assert path.exists()
+    cgroups.remove(path, tmp_path / "never was")
+    assert not path.exists()

@@ -100,13 +100,13 @@ def _kill_starters_once(name: str, lxcpath: Path) -> bool:
 
 def _remove_cgroups(name: str) -> list[str]:
     """Kill what still runs in the container's cgroups, the monitor included, and remove the cgroups."""
-    paths = cgroups.container_cgroups(name)
-    if not paths:
-        return []
-    if alive := cgroups.kill(*paths):
-        return [f"processes {', '.join(map(str, alive))} do not die"]
     try:
+        paths = cgroups.container_cgroups(name)
+        if not paths:
+            return []
+        if alive := cgroups.kill(*paths):
+            return [f"processes {', '.join(map(str, alive))} do not die"]
         cgroups.remove(*paths)
-    except DestroyFailed as error:
+    except (DestroyFailed, OSError) as error:
         return [str(error)]
     return []
