@@ -299,8 +299,15 @@ def _sample(service: Service) -> Sample:
 def _living(main: psutil.Process) -> list[psutil.Process]:
     """Return the helpers that stay: not the `lxc-start` of a moment, nor a supervisor that ends with its container."""
     agents = main.children()
-    workers = [worker for agent in agents for worker in agent.children() if "python" in worker.name()]
-    return [*agents, *(worker for worker in workers if "lxc_pool" not in " ".join(worker.cmdline()))]
+    workers = [worker for agent in agents for worker in agent.children() if _stays(worker)]
+    return [*agents, *workers]
+
+
+def _stays(worker: psutil.Process) -> bool:
+    try:
+        return "python" in worker.name() and "lxc_pool" not in " ".join(worker.cmdline())
+    except psutil.NoSuchProcess:  # it has not
+        return False
 
 
 def _asked(processes: Sequence[psutil.Process], question: Callable[[psutil.Process], int]) -> Iterator[int]:
