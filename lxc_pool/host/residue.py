@@ -17,7 +17,7 @@ from typing import Literal
 import psutil
 
 from lxc_pool import hostdir
-from lxc_pool.host import bridge, cgroups, firewall, idranges, locks
+from lxc_pool.host import bridge, cgroups, firewall, idranges, locks, semaphores
 from lxc_pool.host.processes import ProcessIdentity, identify
 
 Kind = Literal["container", "process", "cgroup", "mount", "directory", "netdev", "lock", "socket"]
@@ -35,7 +35,7 @@ class Trace:
 
     Attributes:
         kind: What it is.
-        name: The container that it belongs to; the device's or rules' own name; or the socket's path.
+        name: The container that it belongs to; the device's, rules' or semaphore's own name; or the socket's path.
         detail: Where or what it is, for people.
         age: Seconds since it came to be; 0 or infinite where that can't be told.
         process: For a process.
@@ -50,6 +50,11 @@ class Trace:
     process: ProcessIdentity | None = None
     path: Path | None = None
     holder: str | None = None
+
+    @property
+    def is_semaphore(self) -> bool:
+        """Whether it is a semaphore of the service's own."""
+        return self.path is not None and self.path.parent == semaphores.DIRECTORY
 
 
 def traces(prefix: str, lxcpath: Path, host_dir: Path) -> tuple[Trace, ...]:
@@ -69,6 +74,7 @@ def traces(prefix: str, lxcpath: Path, host_dir: Path) -> tuple[Trace, ...]:
         *_netdevs(prefix),
         *_locks(prefix, lxcpath),
         *_id_ranges(prefix, lxcpath),
+        *_semaphores(prefix, lxcpath.parent),
         *_sockets(host_dir),
     )
 
@@ -200,6 +206,14 @@ def _id_ranges(prefix: str, lxcpath: Path) -> Iterator[Trace]:
         if directory.parent == lxcpath and directory.name.startswith(prefix):
             detail = f"{path}: {idranges.SIZE} ids"
             yield Trace("lock", directory.name, detail, _age(path), path=path, holder=holder)
+
+
+def _semaphores(prefix: str, state_dir: Path) -> Iterator[Trace]:
+    """Find what executors of a service that is gone have left."""
+    if locks.is_held(state_dir / "service.lock"):
+        return
+    for path in semaphores.files(prefix):
+        yield Trace("lock", path.name, f"{path}: a semaphore, and no service runs", _age(path), path=path)
 
 
 def _sockets(host_dir: Path) -> Iterator[Trace]:

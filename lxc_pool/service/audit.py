@@ -123,11 +123,18 @@ def clean(
     """
     lxcpath = state_dir / "containers"
     failed: dict[str, str] = {}
+    of_containers = []
     for trace in report.findings:
-        if trace.kind in ("socket", "netdev"):
-            with contextlib.suppress(OSError, BackendError):
-                _remove_socket(trace) if trace.kind == "socket" else _remove_netdev(trace, report, state_dir)
-    for name in dict.fromkeys(trace.name for trace in report.findings if trace.kind not in ("socket", "netdev")):
+        with contextlib.suppress(OSError, BackendError):
+            if trace.kind == "socket":
+                _remove_socket(trace)
+            elif trace.kind == "netdev":
+                _remove_netdev(trace, report, state_dir)
+            elif trace.is_semaphore:
+                _remove_semaphore(trace)
+            else:
+                of_containers.append(trace.name)
+    for name in dict.fromkeys(of_containers):
         if report.running is None and running_service(state_dir) is not None:
             failed[name] = "a service has begun meanwhile, which takes it up or removes it"
             continue
@@ -151,6 +158,12 @@ def _remove_socket(trace: Trace) -> None:
     with open(trace.path.with_name("service.lock"), "a", encoding="ascii") as file:
         if locks.take(file.fileno()):
             trace.path.unlink()
+
+
+def _remove_semaphore(trace: Trace) -> None:
+    """Remove a semaphore: a service that has begun since it was found gives its own other names."""
+    assert trace.path is not None, "a semaphore has a file"
+    trace.path.unlink(missing_ok=True)
 
 
 def _remove_netdev(trace: Trace, report: Report, state_dir: Path) -> None:

@@ -98,7 +98,7 @@ def serve(
         watchdog = Watchdog()
         watchdog.open()
         stack.callback(watchdog.close)
-        stack.enter_context(fork_server_in(host_dir))
+        stack.enter_context(fork_server_in(host_dir, name_prefix(instance)))
         lanes, sweeper = _workers(stack, backend, config.workers)
         dispatcher = Dispatcher(lambda: pool.dispatch())  # noqa: PLW0108  # the pool comes two lines on
         ledger = Ledger(state_dir / "ledger.db")

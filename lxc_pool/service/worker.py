@@ -34,6 +34,7 @@ from pathlib import Path
 
 from lxc_pool.backend.protocol import Backend
 from lxc_pool.errors import InternalError, LxcPoolError
+from lxc_pool.host import semaphores
 from lxc_pool.host.processes import die_at_end_of, kill_tree
 from lxc_pool.service.jobs import Job, LaneBroken, Outcome, perform
 
@@ -167,21 +168,29 @@ def start_fork_server() -> None:
 
 
 @contextlib.contextmanager
-def fork_server_in(directory: Path) -> Iterator[None]:
-    """Let the fork server of this process have its socket in *directory*; end it at the end, once all lanes are closed.
+def fork_server_in(directory: Path, prefix: str) -> Iterator[None]:
+    """Let what the fork server and the executors of this process put on the host be found there after a SIGKILL.
 
-    It would be in a temporary directory of its own, which nobody would find and remove after a SIGKILL.
+    The fork server has its socket in *directory*, and not in a temporary one of its own; the names of the executors'
+    semaphores carry *prefix*, that of the service's containers. What an earlier service has left of those is removed.
+    At the end the fork server is ended: all lanes have to be closed then.
+
+    Raises:
+        OSError: *directory* can't be opened, or what was left can't be removed.
     """
+    semaphores.remove(prefix)
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    # Nothing public says where; it is so in Python 3.4 to 3.14 (Lib/multiprocessing/util.py, get_temp_dir). By this
-    # name, the socket's path is short enough however long the directory's is.
+    # Nothing public says where; it is so in Python 3.4 to 3.14 (Lib/multiprocessing: util.py, get_temp_dir, and
+    # synchronize.py, SemLock._make_name). By this name, the socket's path is short enough however long the directory's.
     place: dict[str, object] = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001
-    place["tempdir"] = f"/proc/self/fd/{descriptor}"
+    semprefix = place["semprefix"]
+    place.update(tempdir=f"/proc/self/fd/{descriptor}", semprefix=semaphores.name_prefix(prefix))
     try:
         yield
     finally:
         stop_fork_server()
         del place["tempdir"]
+        place["semprefix"] = semprefix
         os.close(descriptor)
 
 

@@ -95,6 +95,7 @@ def killed(service: FaultyService) -> Iterator[tuple[FaultyService, Any]]:
         container.run(["true"], check=True)
         service.kill()
         eventually(lambda: in_containers(service) == idle, "what had started commands has ended with the service")
+        eventually(lambda: not service.semaphores(), "what counts its semaphores has removed them, and ended")
         yield service, container
         if service.process is None and (service.state_dir / "instance").exists():
             service.start(size=2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,6 +165,29 @@ def test_a_killed_service_leaves_no_socket_that_an_audit_or_the_next_one_does_no
         service.stop()
         assert sorted(path.name for path in service.host_dir.iterdir()) == ["service.lock"]
         assert list(tmp_path.iterdir()) == []
+    finally:
+        service.close()
+
+
+def test_a_service_that_is_killed_with_all_its_helpers_leaves_no_semaphore_that_is_not_found(images: Path) -> None:
+    service = FaultyService(images)
+    state_dir = ("--state-dir", service.state_dir)
+    try:
+        for clean_up in (lambda: service.cli("cleanup", "--execute", *state_dir), lambda: service.start(size=1)):
+            service.start(size=1).wait_ready()
+            left = service.semaphores()
+            assert len(left) >= 2  # a lane has some, and there are two lanes
+            helpers = service.marked()
+            for number in (signal.SIGSTOP, signal.SIGKILL):  # nobody may notice that another one is dead
+                for pid in helpers:
+                    os.kill(pid, number)
+            service.wait()
+            assert service.semaphores() == left
+            said = service.cli("audit", *state_dir).stdout
+            assert all(f"{path}: a semaphore" in said for path in left)
+            clean_up()
+            assert not service.semaphores().keys() & left.keys()
+        service.stop()
     finally:
         service.close()
 

@@ -244,7 +244,7 @@ class MemoryService:
 
         for name, stand_in in {
             "ProcessLane": ThreadLane,
-            "fork_server_in": lambda _directory: contextlib.nullcontext(),
+            "fork_server_in": lambda _directory, _prefix: contextlib.nullcontext(),
             "_signals": lambda *_: contextlib.nullcontext(),  # signals are the main thread's
             "listen": remember,
         }.items():

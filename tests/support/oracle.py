@@ -52,8 +52,15 @@ def assert_host_has_just(service: Service, names: Collection[str]) -> None:
     assert not strange
     locks = {path.name.removeprefix(".") for path in service._lock_files()}
     assert locks <= set(names)
+    assert set(service.semaphores().values()) <= semaphores_in_use(service.pid)
     ranges = [Path(holder) for _path, holder in idranges.held()]
     assert sorted(path.name for path in ranges if path.parent == service.containers) == sorted(names)
+
+
+def semaphores_in_use(pid: int) -> set[str]:
+    """Return the inodes of the semaphores that a process uses; whoever makes one knows it by another name at first."""
+    words = (line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return {fields[4] for fields in words if len(fields) > 5 and fields[5].startswith("/dev/shm/sem.")}
 
 
 @dataclasses.dataclass(frozen=True)

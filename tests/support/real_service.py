@@ -247,6 +247,11 @@ class Service:
             if needle in child
         ]
 
+    def semaphores(self) -> dict[str, str]:
+        """Return the files of the semaphores that this service has made, with their inodes."""
+        with os.scandir("/dev/shm") as entries:
+            return {entry.path: str(entry.inode()) for entry in entries if f"lxp-{self.instance}" in entry.name}
+
     def has_traces(self, name: str) -> bool:
         """Return whether anything of the container *name* is left."""
         return bool((self.containers / name).exists() or self.cgroups(name) or self._lock_files(name))
@@ -271,6 +276,7 @@ class Service:
         if self.containers.exists():
             found += [f"directory {path}" for path in self.containers.iterdir()]
         found += [f"lock file {path}" for path in self._lock_files()]
+        found += [f"semaphore {path}" for path in self.semaphores()]
         found += self.network_traces()
         found += [
             f"file {self.host_dir / name}" for name in ("pool.sock", "authkey") if (self.host_dir / name).exists()
@@ -339,6 +345,8 @@ class Service:
             for _index, name in socket.if_nameindex():
                 if name.startswith(f"lxp{self.instance}"):
                     subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)
+            for semaphore in self.semaphores():
+                Path(semaphore).unlink()
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(_LOCKS / self.directory.relative_to("/"), ignore_errors=True)
 

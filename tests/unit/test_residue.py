@@ -12,7 +12,7 @@ import pytest
 
 from lxc_pool.backend.lxc import removal
 from lxc_pool.errors import CloneFailed, HostDirError
-from lxc_pool.host import bridge, firewall, idranges, residue
+from lxc_pool.host import bridge, firewall, idranges, residue, semaphores
 from lxc_pool.service import audit
 from lxc_pool.service.directories import host_dir, name_prefix, state_dir
 from tests.support.processes import in_child
@@ -85,6 +85,27 @@ def test_what_has_another_name_is_neither_named_nor_touched(state: Path, host: P
     (problem,) = [line for line in audit.uninstall(state, host) if line.startswith(str(state / "containers"))]
     assert "not the service's" in problem
     assert len(list((state / "containers").glob("*/rootfs"))) == 3
+
+
+def test_semaphores_are_residue_once_no_service_runs_unless_somebody_else_has_made_them(
+    state: Path, host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(semaphores, "DIRECTORY", tmp_path / "shm")
+    (tmp_path / "shm" / f"sem.{prefix(state)}directory").mkdir(parents=True)
+    for name in (f"sem.{prefix(state)}sem-1", f"sem.{prefix(state)}others", "sem.mp-1", f"{prefix(state)}sem-1"):
+        (tmp_path / "shm" / name).touch()
+    (tmp_path / "shm" / f"sem.{prefix(state)}link").symlink_to(state / "instance")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "shm" / f"sem.{prefix(state)}others", 1000, 1000)
+    else:
+        (tmp_path / "shm" / f"sem.{prefix(state)}others").unlink()
+    before = set((tmp_path / "shm").iterdir())
+    with state_dir(state):
+        assert audit.audit(state, host).findings == ()
+    report = audit.audit(state, host)
+    assert [(trace.kind, trace.name) for trace in report.findings] == [("lock", f"sem.{prefix(state)}sem-1")]
+    assert [removal.problem for removal in audit.clean(report, state)] == [None]
+    assert before - set((tmp_path / "shm").iterdir()) == {tmp_path / "shm" / f"sem.{prefix(state)}sem-1"}
 
 
 def test_the_socket_and_the_key_of_a_dead_service_are_residue_and_those_of_a_live_one_are_not(
