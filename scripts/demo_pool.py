@@ -151,7 +151,9 @@ def demonstrate(site: Site, count: int, size: int, signals: Signals) -> None:
         say(f"{count} more without a pause, while the pool refills: {each * 1e3:.1f} ms each, get, run and release")
         site.names |= {info.name for info in pool.containers()}
     begin = time.perf_counter()
-    subprocess.run([LXC_POOL, "--host-dir", str(site.host_dir), "stop"], check=True, timeout=STEP_TIMEOUT)
+    subprocess.run(
+        [LXC_POOL, "--host-dir", str(site.host_dir), "stop"], check=True, timeout=STEP_TIMEOUT, start_new_session=True
+    )
     status = service.wait(STEP_TIMEOUT)
     say(f"lxc-pool stop: the service and its containers are gone after {time.perf_counter() - begin:.2f} s")
     if status != 0:

@@ -85,6 +85,8 @@ def _get(arguments: argparse.Namespace) -> int:
         identity = ContainerId.create("get") if arguments.id is None else arguments.id
         container = pool.get(identity, _timeout(arguments), profile=arguments.profile, owner=owner, ttl=arguments.ttl)
         if container is None:
+            if arguments.json:
+                print_json(None)
             print(f"lxc-pool: no container came free in {arguments.timeout:g} s", file=sys.stderr)
             return 1
         try:

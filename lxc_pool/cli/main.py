@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()  # whoever read it has gone
         return FAILED
     except (errors.LxcPoolError, OSError, ValueError, TypeError) as error:
-        print(f"lxc-pool: {error}", file=sys.stderr)
+        advice = "; root may do it" if os.geteuid() != 0 and _is_refused_by_the_host(error) else ""
+        print(f"lxc-pool: {error}{advice}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:
@@ -76,10 +77,18 @@ def status_of(error: Exception) -> int:
             return NOT_ALLOWED
         case errors.PoolTimeout():
             return NO
+        case _ if _is_refused_by_the_host(error):
+            return NOT_ALLOWED
         case errors.LxcPoolError() | OSError():
             return FAILED
         case _:
             return WRONG_USE
+
+
+def _is_refused_by_the_host(error: Exception) -> bool:
+    """Tell whether a command failed because our user may not touch something on this host: images, most likely."""
+    reason = error.__cause__ if isinstance(error, errors.LxcPoolError) else error
+    return isinstance(reason, PermissionError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from lxc_pool import hostdir
 from lxc_pool.client.caller import CALL_TIMEOUT, GRACE, LOST, Caller, check_seconds, check_timeout
 from lxc_pool.client.connection import SERIALIZER
 from lxc_pool.client.container import Container
-from lxc_pool.errors import LxcPoolError, PoolTimeout, ServiceUnavailable
+from lxc_pool.errors import DestroyFailed, LxcPoolError, PoolTimeout, ServiceUnavailable
 from lxc_pool.model import ContainerInfo, LeaseId, PoolStatus, check_id
 from lxc_pool.wire import messages
 
@@ -81,13 +81,15 @@ class PoolServiceProxy(managers.BaseProxy):
         """
         if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
             raise TypeError(f"n must be an int or None, not {n!r}")
+        if n is not None and n < 0:
+            raise ValueError(f"n must be 0 to the pool's capacity, not {n}")
         timeout = check_timeout("timeout", timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         status: PoolStatus = self._caller.ask(
             messages.GetStatus(), CALL_TIMEOUT if timeout is None else min(timeout, CALL_TIMEOUT), grace=GRACE
         )
         wanted = status.capacity if n is None else n
-        if not 0 <= wanted <= status.capacity:
+        if wanted > status.capacity:
             raise ValueError(f"n must be 0 to the pool's capacity, {status.capacity}, not {n}")
         while True:
             if progress is not None:
@@ -195,6 +197,7 @@ class PoolServiceProxy(managers.BaseProxy):
 
         Raises:
             AccessDenied: The caller is not an administrator.
+            DestroyFailed: It has stopped, and could not remove all containers; the message names them.
             ServiceUnavailable: It is not known whether it has stopped.
         """
         grace = check_seconds("grace", grace)
@@ -202,8 +205,12 @@ class PoolServiceProxy(managers.BaseProxy):
         deadline = time.monotonic() + grace + 120
         connection = self._caller.borrow(deadline, again=False)
         server = connection.hold_server()
+        failure: DestroyFailed | None = None
         try:
-            connection.call(messages.Shutdown(grace, keep_leases), deadline)
+            try:
+                connection.call(messages.Shutdown(grace, keep_leases), deadline)
+            except DestroyFailed as error:
+                failure = error  # it ends all the same
             if server is not None:
                 _await_exit(server, deadline)
         except LxcPoolError:  # first: AccessDenied is an OSError, too
@@ -215,6 +222,8 @@ class PoolServiceProxy(managers.BaseProxy):
             if server is not None:
                 os.close(server)
         self.close()
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Close the connections; leases live on with their owner. Later calls make new ones."""

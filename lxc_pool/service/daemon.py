@@ -49,13 +49,20 @@ DEFAULT_GRACE = 10.0
 """Seconds that leases have when a signal ends the service. Origin: the public contract, `shutdown(grace=10.0)`."""
 
 _REMOVAL_TIMEOUT = 60.0
-"""Seconds that the removal of all containers may take at the end; what is left then is named in the log."""
+"""Seconds that the removal of all containers may take at the end; what is left then is named in the log, and
+to whoever asked for the end."""
+
+_ENDING = (State.BUILDING, State.REAPING, State.STUCK)
+"""The states of containers that have no place in a service that has ended."""
 
 
 class Ending:
     """How the service is to end, and whether it is to read its configuration again before that.
 
     Set by a signal handler or a shutdown call, read by the main thread.
+
+    Attributes:
+        left: What could not be removed, in words; None: nothing.
     """
 
     def __init__(self) -> None:
@@ -65,6 +72,7 @@ class Ending:
         self.hurry = False
         self.keep_leases = False
         self.emptied = False
+        self.left: str | None = None
 
 
 def serve(
@@ -139,7 +147,7 @@ def serve(
             stop=_stopper(ending, server),
         )
         server.attach(service, pool)
-        with _signals(ending, server):
+        with _signals(ending, server), _emptied(pool, service, ending, server):
             server.socket_listener.open_to(group)
             server.open()
             dispatcher.wake()
@@ -149,9 +157,8 @@ def serve(
                 if ending.reload and not ending.begun:
                     ending.reload = False
                     reload(load or (lambda: config), pool, service, network)
-            service.stopping = True
-            _end(pool, ending, server)
         stack.pop_all().close()
+        service.left = ending.left
         service.stopped.set()
         server.close_sessions(timeout=5.0)
     log.info("the service has ended")
@@ -202,6 +209,19 @@ def _obstacle(state_dir: Path, min_free: int) -> str | None:
     return f"{free >> 20} MiB are free in {state_dir}, min_free is {min_free >> 20} MiB: make room, or change it"
 
 
+@contextlib.contextmanager
+def _emptied(pool: Pool, service: PoolService, ending: Ending, server: PoolServer) -> Iterator[None]:
+    """Empty the pool at the end of the block, also if that fails: leases are left to the next service then."""
+    try:
+        yield
+    except BaseException:
+        ending.keep_leases = True  # nobody has asked for their end
+        raise
+    finally:
+        service.stopping = True
+        _end(pool, ending, server)
+
+
 def _end(pool: Pool, ending: Ending, server: PoolServer) -> None:
     """Empty the pool on another thread, while this one, which gets the signals, waits for that or a second signal."""
     thread = threading.Thread(target=_empty, args=(pool, ending, server), name="ending", daemon=True)
@@ -221,11 +241,20 @@ def _empty(pool: Pool, ending: Ending, server: PoolServer) -> None:
             pool.wait_until(State.LEASED, State.RESERVED, timeout=ending.grace, unless=lambda: ending.hurry)
             pool.end_leases()
         # STUCK ones too: their removal is being tried again.
-        if not pool.wait_until(State.BUILDING, State.REAPING, State.STUCK, timeout=_REMOVAL_TIMEOUT):
-            log.error("not all containers could be removed in %.0f s: %s", _REMOVAL_TIMEOUT, pool.census().profiles)
+        if not pool.wait_until(*_ENDING, timeout=_REMOVAL_TIMEOUT):
+            ending.left = _left(pool)
+            log.error("%s", ending.left)
     finally:
         ending.emptied = True
         server.stop()
+
+
+def _left(pool: Pool) -> str:
+    names = [f"{info.name} ({info.reason or info.state})" for info in pool.containers(None) if info.state in _ENDING]
+    return (
+        f"the service has ended, but could not remove all containers in {_REMOVAL_TIMEOUT:.0f} s: {', '.join(names)}; "
+        "once the cause is gone, the next service or `lxc-pool cleanup --execute` does"
+    )
 
 
 def _stopper(ending: Ending, server: PoolServer) -> Callable[[float, bool], None]:

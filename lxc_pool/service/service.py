@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from lxc_pool.config import Config, ProfileConfig
-from lxc_pool.errors import AccessDenied, ExecFailed, LeaseExpired, QuotaExceeded
+from lxc_pool.errors import AccessDenied, DestroyFailed, ExecFailed, LeaseExpired, QuotaExceeded
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.operations import READONLY, WRITABLE
 from lxc_pool.execution.protocol import MOUNT, ExecRequest, ProtocolError
@@ -98,6 +98,7 @@ class PoolService:
         self._stop = stop
         self._began = time.monotonic()
         self.stopped = threading.Event()
+        self.left: str | None = None
         self.configuration_notice: str | None = None
         self.stopping = False
         self.client_count: Callable[[], int] = lambda: 0
@@ -184,6 +185,8 @@ class PoolService:
             case messages.Shutdown(grace, keep_leases):
                 self._stop(_check_seconds("grace", grace), keep_leases)
                 self.stopped.wait()
+                if self.left is not None:
+                    raise DestroyFailed(self.left)
 
     def reconfigure(self, config: Config, policy: Policy) -> None:
         """Let another configuration be in force: for those who are connected, from their next call on."""

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,6 +242,8 @@ def test_get_says_no_if_none_comes_free(service: MemoryService, lxc_pool: Termin
     assert lxc_pool.run("get", "--timeout", 0) == 1
     assert "no container came free in 0 s" in lxc_pool.err
     assert lxc_pool.out == ""
+    assert lxc_pool.run("get", "--timeout", 0, "--json") == 1
+    assert lxc_pool.document() is None
 
 
 @pytest.mark.parametrize(
@@ -250,11 +253,9 @@ def test_get_says_no_if_none_comes_free(service: MemoryService, lxc_pool: Termin
 def test_get_with_a_wrong_argument_is_wrong_use(
     service: MemoryService, lxc_pool: Terminal, argv: tuple[object, ...]
 ) -> None:
-    status = lxc_pool.run("get", *argv)
-    if argv != ("--id", ""):  # as if none was given
-        assert status == 2
-        assert lxc_pool.err
-    service.reaches(reserved=0)
+    assert lxc_pool.run("get", *argv) == 2
+    assert lxc_pool.err
+    service.reaches(reserved=0, leased=0, size=2)
 
 
 def test_releasing_what_is_no_lease_is_a_failure(service: MemoryService, lxc_pool: Terminal) -> None:
@@ -468,6 +469,20 @@ def test_whoever_may_not_enter_is_not_allowed(service: MemoryService) -> None:
     assert as_nobody(lambda: main(["status", "--host-dir", str(service.host_dir)])) == 4
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.parametrize("argv", [["ls"], ["build", "busybox"], ["verify"], ["rm", "busybox"]], ids=" ".join)
+def test_what_is_roots_is_refused_to_others_with_the_way_out(
+    capfd: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    place = tempfile.TemporaryDirectory(prefix="lxp-test-")  # pytest's own is closed to others as a whole
+    with place as path:
+        Path(path).chmod(0o755)
+        (Path(path) / "images").mkdir(mode=0o700)
+        status = as_nobody(lambda: main(["image", *argv, "--state-dir", path]))
+    assert status == 4
+    assert capfd.readouterr().err.strip().endswith("; root may do it")
+
+
 @pytest.mark.parametrize("argv", [[], ["nope"], ["status", "--nope"], ["resize"], ["get", "--owner", "x"], ["run"]])
 def test_wrong_use_is_explained_on_stderr(lxc_pool: Terminal, argv: list[str]) -> None:
     assert lxc_pool.run(*argv) == 2
@@ -500,6 +515,8 @@ def test_the_package_itself_is_the_command() -> None:
         (HostDirError("x"), 5),
         (InternalError("x"), 5),
         (OSError(28, "No space left on device"), 5),
+        (PermissionError(13, "Permission denied"), 4),
+        (BrokenPipeError(32, "Broken pipe"), 5),
     ],
 )
 def test_every_error_has_its_status(error: Exception, status: int) -> None:

@@ -28,7 +28,7 @@ import pytest
 
 import lxc_pool
 from lxc_pool import Container, ContainerId, PoolManager, PoolServiceProxy, hostdir
-from lxc_pool.backend.memory import HANG
+from lxc_pool.backend.memory import HANG, Fault
 from lxc_pool.client import caller as caller_module
 from lxc_pool.client import connection as connection_module
 from lxc_pool.client import container as container_module
@@ -38,6 +38,7 @@ from lxc_pool.errors import (
     AccessDenied,
     AuthenticationFailed,
     ConfigError,
+    DestroyFailed,
     HostDirError,
     InternalError,
     LeaseExpired,
@@ -49,7 +50,7 @@ from lxc_pool.errors import (
     UnknownLease,
 )
 from lxc_pool.model import State
-from lxc_pool.service import session
+from lxc_pool.service import daemon, session
 from lxc_pool.wire import messages
 from tests.support.memory_service import SOON, MemoryService, memory_service
 from tests.support.processes import NOBODY, as_nobody, in_child, open_descriptors, sleeper
@@ -246,7 +247,7 @@ def test_waiting_until_ready_shows_how_it_comes_on(service: MemoryService, pool:
     with pytest.raises(PoolTimeout, match=r"0 of 4 containers are warm after 0\.01 s"):
         pool.wait_ready(4, 0.01)
     for n in (-1, 5):
-        with pytest.raises(ValueError, match=f"0 to the pool's capacity, 4, not {n}"):
+        with pytest.raises(ValueError, match=f"0 to the pool's capacity.* not {n}"):
             pool.wait_ready(n)
     for container in taken:
         container.release()
@@ -329,6 +330,7 @@ WRONG: list[tuple[Callable[[PoolServiceProxy], object], type[Exception], str]] =
     (lambda pool: pool.resize("5"), TypeError, "n must be an int, not '5'"),  # type: ignore[arg-type]
     (lambda pool: pool.resize(True), TypeError, "n must be an int"),
     (lambda pool: pool.wait_ready("5"), TypeError, "n must be an int or None"),  # type: ignore[arg-type]
+    (lambda pool: pool.wait_ready(-1), ValueError, "n must be 0 to the pool's capacity, not -1"),
     (lambda pool: pool.wait_ready(1, math.nan), ValueError, "timeout must be"),
     (lambda pool: pool.shutdown(-1), ValueError, "grace must be"),
     (lambda pool: pool.shutdown(None), TypeError, "grace must be a number of seconds, not None"),  # type: ignore[arg-type]
@@ -862,6 +864,24 @@ def test_shutting_down_says_so_if_the_process_does_not_end(
     with pytest.raises(ServiceUnavailable, match="its process does not end"):
         pool.shutdown(0)
     service.stop()
+
+
+def test_shutting_down_names_the_containers_that_could_not_be_removed(
+    service: MemoryService, pool: PoolServiceProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "_REMOVAL_TIMEOUT", 0.2)
+    awaited: list[int] = []
+    monkeypatch.setattr(pool_module, "_await_exit", lambda pidfd, _deadline: awaited.append(pidfd))
+    service.backend.script("destroy", *[Fault(error=DestroyFailed("device busy"))] * 1000)
+    names = [info.name for info in pool.containers()]
+    with pytest.raises(DestroyFailed, match=rf"(?s)has ended, but.*{names[0]} \(device busy\).*cleanup --execute"):
+        pool.shutdown(0)
+    assert len(awaited) == 1  # not before its process has ended
+    assert not service.socket_path.exists()
+    service.stop()
+    service.backend._faults.clear()
+    for name in names:
+        service.backend.destroy(name, force=True)
 
 
 def test_shutting_down_a_service_that_goes_away_is_no_success(

@@ -167,6 +167,25 @@ def test_a_second_service_on_the_same_directories_is_refused_with_the_pid_of_the
     assert pool.echo("x") == "x"
 
 
+def test_one_that_can_tell_nobody_that_it_is_ready_leaves_no_container(directory: Path) -> None:
+    script = SERVE.replace(
+        'ready=lambda path: print("ready", path, flush=True)', "ready=lambda path: fail_once_one_is_made()"
+    ).replace(
+        "try:\n    serve(",
+        "def fail_once_one_is_made():\n"
+        "    while not any((directory / 'containers').iterdir()):\n"
+        "        pass\n"
+        "    raise BrokenPipeError\n"
+        "try:\n    serve(",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(directory)], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    assert b"BrokenPipeError" in done.stderr
+    assert done.returncode == 1
+    assert os.listdir(directory / "containers") == []
+
+
 def test_leases_survive_a_killed_service_and_the_next_one_takes_them_up(daemon: Daemon, pool: PoolServiceProxy) -> None:
     container = lease(pool)
     workers = psutil.Process(daemon.process.pid).children(recursive=True)

@@ -336,7 +336,6 @@ def test_the_pool_is_back_at_full_size_seconds_after_the_cause_of_failures_is_go
     world = World(4, workers=4)
     world.backend.script("start", *[Fault(error=StartFailed("no"))] * 30)
     world.advance(120)
-    world.watch.time -= 0
     assert world.count(State.WARM) == 4
     assert world.pool.census().backoff == 0
     world.backend.script("start", *[Fault(error=CloneFailed("again"))] * 10_000)
@@ -413,6 +412,16 @@ def test_an_image_that_takes_longer_than_a_container_may_is_waited_for() -> None
     assert sum(lane.replaced for lane in world.lanes) == 0
     world.advance(11)
     assert world.count(State.WARM) == 1
+
+
+def test_the_building_of_an_image_that_hangs_is_given_up_after_600_seconds_and_tried_again() -> None:
+    world = World(1)
+    world.backend.script("prepare", HANG)
+    world.advance(599)
+    assert (world.count(State.WARM), sum(lane.replaced for lane in world.lanes)) == (0, 0)
+    world.advance(10)
+    assert (world.count(State.WARM), sum(lane.replaced for lane in world.lanes)) == (1, 1)
+    assert "preparing image 'busybox' took longer than allowed" in str(world.pool.census().last_error)
 
 
 def test_a_container_that_can_not_be_removed_is_stuck_visible_retried_and_no_capacity() -> None:
