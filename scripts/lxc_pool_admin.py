@@ -14,6 +14,7 @@ read: nothing was removed; 5 something could not be removed.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import sys
@@ -27,19 +28,24 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] != "cleanup":
         print(__doc__, file=sys.stderr)
         return 2
-    words = list(arguments)
-    if "--log" not in words:
+    parser = argparse.ArgumentParser(prog="lxc_pool_admin.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--log", metavar="FILE")
+    ours, words = parser.parse_known_args(arguments)
+    if ours.log is None:
         return lxc_pool(words)
-    place = words.index("--log")
-    if place + 1 >= len(words):
-        print("--log needs a file", file=sys.stderr)
+    try:
+        log = open(ours.log, "a", encoding="utf-8")  # noqa: SIM115  # closed below: only its opening is tried here
+    except OSError as error:
+        print(f"{parser.prog}: can't write to --log {ours.log}: {error.strerror}; nothing was done", file=sys.stderr)
         return 2
-    with open(words[place + 1], "a", encoding="utf-8") as log:
-        del words[place : place + 2]
+    with log:
         now = datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
         print(f"{now} {' '.join(words)}", file=log, flush=True)
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            status = lxc_pool(words)
+            try:
+                status = lxc_pool(words)
+            except SystemExit as error:  # wrong use
+                status = int(error.code or 0)
         print(f"{now} exit status {status}", file=log)
     return status
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import os
 import select
 import signal
@@ -22,6 +23,10 @@ _F_SETSIG = 10
 
 _PF_FORKNOEXEC = 0x00000040
 """The process was forked and has not executed anything since. Source: Linux include/linux/sched.h."""
+
+
+_TOLD_OF_STATUS = ("State:", "VmRSS:", "Threads:", "SigPnd:", "ShdPnd:", "SigBlk:", "voluntary_ctxt_switches:")
+"""Lines of /proc/PID/status that tell why a process does not go on: whether SIGKILL is pending, say."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,8 +127,10 @@ def _describe(pid: int) -> str:
             text = f"({error.strerror})"
         words.append(f"{name} {' '.join(text.replace(chr(0), ' ').split())[:400] or '-'}")
     try:
-        words.append(f"state {_stat(pid)[0]}")
-    except ProcessLookupError:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        lines = [line.split() for line in status.splitlines() if line.startswith(_TOLD_OF_STATUS)]
+        words.append(f"status {' '.join(itertools.chain.from_iterable(lines))}")
+    except OSError:
         words.append("ended meanwhile")
     return f"process {pid}: {', '.join(words)}"
 

@@ -35,9 +35,12 @@ class Trace:
 
     Attributes:
         kind: What it is.
-        name: The container that it belongs to; the device's, rules' or semaphore's own name; or the socket's path.
+        name: The container that it belongs to; the device's, rules' or semaphore's own name; or the path of a socket or
+            of an image.
         detail: Where or what it is, for people.
-        age: Seconds since it came to be; 0 or infinite where that can't be told.
+        age: Seconds since it came to be; 0 or infinite where that can't be told. It is of cgroups, whose times are of
+            when the kernel has read them in last, and again after it was short of memory (measured; Source: Linux
+            fs/kernfs/inode.c, set_default_inode_attr); nor of mounts, whose times are of what is mounted.
         process: For a process.
         path: For all else.
         holder: For a range of ids: who has it, as the file says; it may be another's the next moment.
@@ -50,6 +53,11 @@ class Trace:
     process: ProcessIdentity | None = None
     path: Path | None = None
     holder: str | None = None
+
+    @property
+    def of_container(self) -> bool:
+        """Whether it belongs to a container."""
+        return self.name.startswith("lxp-") and self.kind != "netdev" and not self.is_semaphore
 
     @property
     def is_semaphore(self) -> bool:
@@ -136,7 +144,7 @@ def _mounts(prefix: str, lxcpath: Path) -> Iterator[Trace]:
         if path.is_relative_to(lxcpath) and path != lxcpath:
             name = path.relative_to(lxcpath).parts[0]
             if name.startswith(prefix):
-                yield Trace("mount", name, mount, _age(path), path=path)
+                yield Trace("mount", name, mount, math.inf, path=path)
 
 
 def mount_points() -> list[str]:
@@ -148,7 +156,7 @@ def mount_points() -> list[str]:
 
 def _cgroups(prefix: str) -> Iterator[Trace]:
     for name, path in _containers_cgroups(prefix):
-        yield Trace("cgroup", name, str(path), _age(path), path=path)
+        yield Trace("cgroup", name, str(path), math.inf, path=path)
 
 
 def _containers_cgroups(prefix: str) -> Iterator[tuple[str, Path]]:
@@ -168,13 +176,13 @@ def _directories(prefix: str, lxcpath: Path) -> Iterator[Trace]:
             continue  # somebody else's, whatever it does here
         path = lxcpath / name
         kind: Kind = "container" if (path / "config").exists() else "directory"
-        yield Trace(kind, name, str(path), _age(path), path=path)
+        yield Trace(kind, name, str(path), age(path), path=path)
 
 
 def _discarded(prefix: str, lxcpath: Path) -> Iterator[Trace]:
     for name in sorted(discarded(prefix, lxcpath)):
         path = lxcpath / DISCARDED / name
-        yield Trace("directory", name, f"{path}: an upper layer, not removed yet", _age(path), path=path)
+        yield Trace("directory", name, f"{path}: an upper layer, not removed yet", age(path), path=path)
 
 
 def _netdevs(prefix: str) -> Iterator[Trace]:
@@ -196,7 +204,7 @@ def _locks(prefix: str, lxcpath: Path) -> Iterator[Trace]:
         return
     for file in names:
         if file.startswith(f".{prefix}"):
-            yield Trace("lock", file[1:], str(directory / file), _age(directory / file), path=directory / file)
+            yield Trace("lock", file[1:], str(directory / file), age(directory / file), path=directory / file)
 
 
 def _id_ranges(prefix: str, lxcpath: Path) -> Iterator[Trace]:
@@ -205,7 +213,7 @@ def _id_ranges(prefix: str, lxcpath: Path) -> Iterator[Trace]:
         directory = Path(holder)
         if directory.parent == lxcpath and directory.name.startswith(prefix):
             detail = f"{path}: {idranges.SIZE} ids"
-            yield Trace("lock", directory.name, detail, _age(path), path=path, holder=holder)
+            yield Trace("lock", directory.name, detail, age(path), path=path, holder=holder)
 
 
 def _semaphores(prefix: str, state_dir: Path) -> Iterator[Trace]:
@@ -213,7 +221,7 @@ def _semaphores(prefix: str, state_dir: Path) -> Iterator[Trace]:
     if locks.is_held(state_dir / "service.lock"):
         return
     for path in semaphores.files(prefix):
-        yield Trace("lock", path.name, f"{path}: a semaphore, and no service runs", _age(path), path=path)
+        yield Trace("lock", path.name, f"{path}: a semaphore, and no service runs", age(path), path=path)
 
 
 def _sockets(host_dir: Path) -> Iterator[Trace]:
@@ -222,10 +230,11 @@ def _sockets(host_dir: Path) -> Iterator[Trace]:
         return
     for path in hostdir.left_by_a_killed_service(host_dir):
         if os.path.lexists(path):
-            yield Trace("socket", str(path), f"{path}: no service runs here", _age(path), path=path)
+            yield Trace("socket", str(path), f"{path}: no service runs here", age(path), path=path)
 
 
-def _age(path: Path) -> float:
+def age(path: Path) -> float:
+    """Return for how many seconds a file has been as it is; 0 if that can't be told."""
     try:
         return max(0.0, time.time() - os.lstat(path).st_ctime)
     except OSError:

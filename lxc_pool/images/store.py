@@ -195,6 +195,22 @@ class ImageStore:
             raise ImageError(f"could not remove what interrupted builds left: {'; '.join(failures)}")
         return removed
 
+    def partial(self) -> tuple[Path, ...]:
+        """Return what interrupted builds and removals have left; what is going on is not among it. Changes nothing."""
+        found: tuple[Path, ...] = ()
+        for name in self._names():
+            with contextlib.ExitStack() as stack:
+                try:
+                    lock = os.open(self._lock_path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    stack.callback(os.close, lock)
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except FileNotFoundError:
+                    pass  # nobody has ever built it
+                except BlockingIOError:
+                    continue
+                found += self._partial(name)
+        return found
+
     def _names(self) -> tuple[str, ...]:
         return tuple(name for name in _entries(self.directory) if _NAME.fullmatch(name))
 
@@ -222,7 +238,7 @@ class ImageStore:
             if self.directory.stat().st_mode & 0o077:
                 self.directory.chmod(_STORE_MODE)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            lock = os.open(self.directory / f".lock-{name}", flags, 0o600)
+            lock = os.open(self._lock_path(name), flags, 0o600)
         except OSError as error:
             raise ImageError(f"can't use the image directory {self.directory}: {error}") from error
         try:
@@ -284,12 +300,18 @@ class ImageStore:
 
     def _sweep(self, name: str) -> tuple[Path, ...]:
         """Remove partial builds of *name*, under its lock."""
-        directory = self.directory / name
-        left = tuple(directory / entry for entry in _entries(directory) if entry.startswith(_PARTIAL))
+        left = self._partial(name)
         for partial in left:
             _log.info("removing %s, left by an interrupted build", partial)
             tree.remove(partial)
         return left
+
+    def _partial(self, name: str) -> tuple[Path, ...]:
+        directory = self.directory / name
+        return tuple(directory / entry for entry in _entries(directory) if entry.startswith(_PARTIAL))
+
+    def _lock_path(self, name: str) -> Path:
+        return self.directory / f".lock-{name}"
 
 
 def _checked(name: str) -> str:

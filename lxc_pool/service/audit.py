@@ -6,12 +6,11 @@ What it removes leaves the ledger last, so a trace that the ledger does not know
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lxc_pool import hostdir
@@ -20,6 +19,7 @@ from lxc_pool.errors import BackendError, HostDirError, LxcPoolError
 from lxc_pool.host import bridge, firewall, locks, residue
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.host.residue import Trace
+from lxc_pool.images.store import ImageStore
 from lxc_pool.model import State
 from lxc_pool.service import ledger
 from lxc_pool.service.directories import name_prefix, read_instance, running_service
@@ -63,7 +63,7 @@ def audit(state_dir: Path, host_dir: Path, *, everything: bool = False) -> Repor
         everything: Count live leases as residue too, for an uninstallation.
 
     Raises:
-        BackendError: The ledger can't be read: what is owned is not known.
+        BackendError: The ledger can't be read, or is gone: what is owned is not known.
         HostDirError: The state dir has no proper instance id.
     """
     instance = read_instance(state_dir)
@@ -71,15 +71,38 @@ def audit(state_dir: Path, host_dir: Path, *, everything: bool = False) -> Repor
         return Report((), None)
     lxcpath = state_dir / "containers"
     discarded_before = residue.discarded(name_prefix(instance), lxcpath)
-    found = residue.traces(name_prefix(instance), lxcpath, host_dir)
+    found = (*residue.traces(name_prefix(instance), lxcpath, host_dir), *_partial_images(state_dir))
     running = running_service(state_dir)
-    owned = set() if everything else _owned(ledger.read(state_dir / "ledger.db"), instance, running=running is not None)
+    entries = () if everything else _known(state_dir / "ledger.db", found)
+    owned = set() if everything else _owned(entries, instance, running=running is not None)
     if running is not None:  # it removes those; looked at on both sides, since they come and go meanwhile
         owned |= discarded_before | residue.discarded(name_prefix(instance), lxcpath)
     findings = [trace for trace in found if trace.name not in owned and residue.is_there(trace)]
     if running is not None:
         findings = _without_ending(findings)
     return Report(tuple(findings), running)
+
+
+def _partial_images(state_dir: Path) -> Iterator[Trace]:
+    """Find what builds of images have left that were killed."""
+    for path in ImageStore(state_dir / "images").partial():
+        detail = f"{path}: of an image that nobody builds any more"
+        yield Trace("directory", str(path), detail, residue.age(path), path=path)
+
+
+def _known(path: Path, found: Iterable[Trace]) -> tuple[Entry, ...]:
+    """Return what the ledger knows.
+
+    Raises:
+        BackendError: It can't be read; or it is not there, and containers are. None is made before there is a ledger.
+    """
+    ours = (trace for trace in found if trace.of_container or trace.kind == "netdev")
+    if not path.exists() and any(residue.is_there(trace) for trace in ours):
+        raise BackendError(
+            f"the ledger {path} is gone: put it back, or restart the service, which begins a new one and removes all "
+            "containers, whoever has leased them"
+        )
+    return ledger.read(path)
 
 
 def _without_ending(findings: list[Trace]) -> list[Trace]:
@@ -125,15 +148,19 @@ def clean(
     failed: dict[str, str] = {}
     of_containers = []
     for trace in report.findings:
-        with contextlib.suppress(OSError, BackendError):
+        try:
             if trace.kind == "socket":
                 _remove_socket(trace)
             elif trace.kind == "netdev":
                 _remove_netdev(trace, report, state_dir)
             elif trace.is_semaphore:
                 _remove_semaphore(trace)
+            elif not trace.of_container:
+                ImageStore(state_dir / "images").sweep()
             else:
                 of_containers.append(trace.name)
+        except (OSError, LxcPoolError) as error:
+            failed[trace.name] = str(error)
     for name in dict.fromkeys(of_containers):
         if report.running is None and running_service(state_dir) is not None:
             failed[name] = "a service has begun meanwhile, which takes it up or removes it"

@@ -180,6 +180,25 @@ def test_a_lease_whose_owner_is_dead_is_residue(service: FaultyService) -> None:
     service.assert_clean()
 
 
+def test_beside_a_service_whose_ledger_is_gone_nothing_is_removed(service: FaultyService) -> None:
+    pool = service.start(size=1)
+    with pool.lease("x") as container:
+        pool.wait_ready()
+        before = snapshot(service)
+        ledger, away = service.state_dir / "ledger.db", service.directory / "away"
+        ledger.rename(away)
+        try:
+            for words in (["audit"], ["cleanup"], ["cleanup", "--execute"], ["cleanup", "--execute", "--older-than=0"]):
+                done = command(service, *words)
+                assert (done.returncode, done.stdout) == (2, ""), words
+                assert f"the ledger {ledger} is gone" in done.stderr
+        finally:
+            away.rename(ledger)
+        assert snapshot(service) == before
+        container.run(["true"], check=True)
+    assert_healed(service, pool)
+
+
 def test_only_what_is_old_enough_is_removed(killed: Any) -> None:
     service, _container = killed
     before = snapshot(service)
@@ -344,7 +363,15 @@ def test_the_administrators_script_does_it_from_cron(killed: Any, tmp_path: Path
     assert sum(line.endswith(": removed") for line in lines) > 2
     assert [line.rpartition(" ")[2] for line in lines if "exit status" in line] == ["1", "0", "0", "0"]
     assert [path.name for path in service.containers.iterdir()] == [container.name]
-    assert run("--no-such-option")[0] == 2
+    assert run("--no-such-option") == (2, "")
+    assert log.read_text().endswith(" exit status 2\n")
+    script[-2:] = [f"--log={tmp_path}/another"]
+    assert run() == (0, "")
+    assert "clean" in (tmp_path / "another").read_text()
+    script[-1] = f"--log={tmp_path}/nowhere/log"
+    status, said = run("--execute")
+    assert status == 2
+    assert f"can't write to --log {tmp_path}/nowhere/log: No such file or directory" in said
 
 
 def test_audits_do_not_keep_a_service_from_starting(service: FaultyService) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,5 +150,7 @@ def test_a_tree_is_described_by_what_each_of_its_processes_runs_and_waits_in() -
         text = describe_tree(process.pid)
         assert str(process.pid) in text
         assert text.count("sleep infinity") >= 2
+        for part in text.split("; process "):  # in state S by now, or still about to be
+            assert re.search(r", wchan \S.*, stack \S.*, status State: [SRD] .* SigPnd: [0-9a-f]{16} ", part), part
         kill_tree(process.pid)
     assert describe_tree(process.pid) == f"process {process.pid} has ended"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from lxc_pool.backend.lxc import removal
-from lxc_pool.errors import CloneFailed, HostDirError
-from lxc_pool.host import bridge, firewall, idranges, residue, semaphores
+from lxc_pool.errors import BackendError, CloneFailed, HostDirError
+from lxc_pool.host import bridge, cgroups, firewall, idranges, residue, semaphores
+from lxc_pool.images.store import ImageStore
 from lxc_pool.service import audit
 from lxc_pool.service.directories import host_dir, name_prefix, state_dir
+from lxc_pool.service.ledger import Ledger
 from tests.support.processes import in_child
+from tests.support.waiting import eventually
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and /run/lxc are root's")
 
@@ -35,7 +39,9 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def state(tmp_path: Path) -> Path:
     path = tmp_path / "state"
     with state_dir(path):
-        pass
+        ledger = Ledger(path / "ledger.db")
+        ledger.open()
+        ledger.close()
     return path
 
 
@@ -64,6 +70,69 @@ def test_containers_are_told_from_directories_by_their_configuration(state: Path
     assert kinds(report) == ["directory", "container"]
     assert all(removal.problem is None for removal in audit.clean(report, state))
     assert not list((state / "containers").iterdir())
+
+
+def test_without_a_ledger_nothing_can_be_said_of_containers(state: Path, host: Path) -> None:
+    (state / "ledger.db").unlink()
+    assert audit.audit(state, host).findings == ()  # as while the first service begins
+    (state / "containers" / f"{prefix(state)}ab-1").mkdir()
+    with pytest.raises(BackendError, match=f"the ledger {state}/ledger.db is gone"):
+        audit.audit(state, host)
+    assert kinds(audit.audit(state, host, everything=True)) == ["directory"]
+
+
+@needs_root
+def test_how_old_a_container_is_its_directory_says_and_not_its_cgroups(state: Path, host: Path) -> None:
+    """The kernel gives cgroups new times whenever it has been short of memory."""
+    old, young = (f"{prefix(state)}ab-{number}" for number in (1, 2))
+    (state / "containers" / old).mkdir()
+    eventually(lambda: audit.audit(state, host).findings[0].age > 0.1, "it is of some age")
+    (state / "containers" / young).mkdir()
+    cgroup = cgroups.hierarchies()[-1].mount_point / f"lxc.payload.{old}"
+    cgroup.mkdir()
+    try:
+        report = audit.audit(state, host)
+        ages = {trace.name: trace.age for trace in report.findings if trace.kind == "directory"}
+        assert ages[young] < ages[old]
+        older = audit.only_older(report, sum(ages.values()) / 2)
+        assert [(trace.kind, trace.name) for trace in older.findings] == [("cgroup", old), ("directory", old)]
+        assert audit.only_older(report, 3600).findings == ()
+        audit.clean(older, state)
+        assert not cgroup.exists()
+        assert [path.name for path in (state / "containers").iterdir()] == [young]
+    finally:
+        if cgroup.exists():
+            cgroup.rmdir()
+
+
+def test_what_a_killed_build_of_an_image_has_left_is_residue_and_what_a_live_one_has_is_not(
+    state: Path, host: Path
+) -> None:
+    reader, writer = os.pipe()
+
+    def build_for_ever(_rootfs: Path, _report: object) -> None:
+        os.write(writer, b"x")
+        signal.pause()
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ImageStore(state / "images", {"toy": build_for_ever}).ensure("toy", lambda _line: None)
+        finally:
+            os._exit(1)
+    try:
+        os.read(reader, 1)
+        assert audit.audit(state, host).findings == ()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)
+    report = audit.audit(state, host)
+    (partial,) = (state / "images" / "toy").iterdir()
+    assert [(trace.kind, trace.name) for trace in report.findings] == [("directory", str(partial))]
+    assert [removal.problem for removal in audit.clean(report, state)] == [None]
+    assert list((state / "images" / "toy").iterdir()) == []
 
 
 def test_what_a_service_may_have_taken_up_since_the_audit_is_left_to_it(state: Path, host: Path) -> None:
