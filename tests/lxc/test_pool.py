@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from lxc_pool import ContainerId, PoolDraining, PoolServiceProxy, PoolStatus, PoolTimeout, State
-from tests.support.real_service import Service
+from tests.support.real_service import ROOT, Service
 from tests.support.starter import Starter
 from tests.support.waiting import ends, eventually, pidfd
 
@@ -57,6 +60,27 @@ def test_waiting_for_more_than_there_is_room_for_is_refused_and_for_nothing_is_a
     pool.wait_ready(0, timeout=0)
     with pytest.raises(ValueError, match="3, not 4"):
         pool.wait_ready(4)
+
+
+def test_the_readme_opens_with_two_commands_and_lines_that_do_what_they_say(
+    pool: PoolServiceProxy, shared_service: Service, tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    console, python, *_ = re.findall(r"^```(?:console|python)\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert [line.split()[1] for line in console.splitlines()] == ["scripts/demo", "scripts/test"]
+    script = tmp_path / "readme.py"
+    script.write_text(python)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        env=os.environ | {"LXC_POOL_HOST_DIR": str(shared_service.host_dir), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    name, hostname, uid = re.sub(r"\(\)", "", done.stdout).split()
+    assert (name, uid) == (hostname, "0")
+    assert pool.status().leased == 0
 
 
 def test_a_leased_container_carries_its_lease(pool: PoolServiceProxy) -> None:

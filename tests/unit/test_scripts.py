@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import select
+import shutil
 import signal
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +112,30 @@ def test_apparmor_is_installed_where_the_kernel_has_it(tmp_path: Path, answer: b
     assert ("apparmor" in done.stdout.split()) is answer
 
 
+def test_what_the_machine_lacks_is_installed_and_nothing_else(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    executable(tmp_path / "bin" / "apt-get", f'#!/bin/sh\necho "$*" >>{calls}\n')
+    lacks = "installed() { case $1 in lxc|gcc) false;; esac; }; apparmor_is_on() { false; }"
+    python = "find_python() { echo python3; }"
+    done = bash(f"{lacks}; {python}; install_packages", tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    update, install = calls.read_text(encoding="utf-8").splitlines()
+    assert update.split()[-1] == "update"
+    assert install.split()[-2:] == ["lxc", "gcc"]
+    calls.unlink()
+    again = bash(f"installed() {{ true; }}; {python}; install_packages", tmp_path)
+    assert "skipped: every package is there already" in again.stdout
+    assert not calls.exists()
+
+
+def test_packages_that_can_not_be_installed_end_it(tmp_path: Path) -> None:
+    executable(tmp_path / "bin" / "apt-get", '#!/bin/sh\ncase "$*" in *install*) exit 100;; esac\n')
+    fakes = "installed() { false; }; find_python() { echo python3; }; sleep() { :; }"
+    done = bash(f"{fakes}; install_packages", tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert done.returncode == 5
+    assert "could not install lxc" in done.stderr
+
+
 def test_interpreter_that_fails_is_passed_over_for_one_that_works(tmp_path: Path) -> None:
     version = bash("python3 -c 'import sys; print(\"%d.%d\" % sys.version_info[:2])'", tmp_path).stdout.strip()
     executable(tmp_path / f"python{version}", "#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
@@ -154,6 +182,84 @@ def test_install_that_failed_is_taken_again(project: Path) -> None:
     assert failed.stdout.count("failed (attempt") == 2
     assert bash("venv_install things -e .", project).returncode == 0
     assert installs(project) == 1
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A copy of the scripts on a machine with everything but Python 3.12 and 3.13, and a tox that fails py311."""
+    root, programs = tmp_path / "project", tmp_path / "bin"
+    for name in ("scripts/test", "scripts/lib/setup.sh", ".ci/run", "pyproject.toml"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, root / name)
+    executable(root / ".venv" / "bin" / "python", "#!/bin/sh\n")
+    tox = (
+        f'echo "$*" >{tmp_path}/tox',
+        'echo "lint: commands[0]> ruff check"',
+        'echo "py311: commands[0]> pytest"',
+        'echo "===== 1 failed, 7 passed in 1.00s ====="',
+        'echo "TOTAL    100   10   91%"',
+        'echo "py312: skipped because could not find python interpreter"',
+        'printf "  lint: OK (1.0 seconds)\\n  py311: FAIL code 1 (2.0 seconds)\\n  py312: SKIP (0.0 seconds)\\n"',
+        "exit 1",
+    )
+    executable(root / ".venv" / "bin" / "tox", "\n".join(("#!/bin/sh", *tox, "")))
+    executable(programs / "id", "#!/bin/sh\necho 0\n")
+    executable(programs / "dpkg-query", "#!/bin/sh\nprintf installed\n")
+    executable(programs / "apt-get", "#!/bin/sh\nexit 100\n")
+    # Who finds interpreters asks each for its version; who looks for one to make environments with asks nothing.
+    executable(programs / "python3.11", '#!/bin/sh\n[ "${2:-3.11}" = 3.11 ] && echo "$0"\n')
+    for name in ("python3", "python3.12", "python3.13"):
+        executable(programs / name, "#!/bin/sh\nexit 127\n")
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:/usr/bin:/bin",
+        "PYENV_ROOT": str(tmp_path),
+        "LXC_POOL_OS_RELEASE": str(os_release(tmp_path, ID="debian")),
+    }
+    return root, environment
+
+
+@pytest.mark.parametrize("entry", ["scripts/test", ".ci/run"])
+def test_the_tests_run_through_tox_and_what_is_left_out_is_said(
+    machine: tuple[Path, dict[str, str]], tmp_path: Path, entry: str
+) -> None:
+    root, environment = machine
+    done = subprocess.run(
+        [root / entry, "-e", "py311"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 1, done.stderr
+    words = (tmp_path / "tox").read_text(encoding="utf-8").split()
+    assert words == ["run", "--root", str(root), "--conf", str(root / "tox.ini"), "-e", "py311"]
+    for version in ("3.12", "3.13"):
+        assert f"test: no Python {version} on this machine: py{version.replace('.', '')} is skipped" in done.stdout
+    assert "no Python 3.11" not in done.stdout
+    summary = done.stdout.partition("---- summary ----\n")[2].splitlines()
+    assert summary == [
+        "  lint: OK (1.0 seconds)",
+        "  py311: FAIL code 1 (2.0 seconds), coverage 91%",
+        "    ===== 1 failed, 7 passed in 1.00s =====",
+        "  py312: SKIP (0.0 seconds), no such Python on this machine",
+        "test: failed (tox: exit status 1)",
+    ]
+
+
+def test_tox_has_an_environment_for_each_check_and_python_and_judges_the_coverage_of_lines_and_branches() -> None:
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini", encoding="utf-8")
+    assert tox["tox"]["env_list"].split(", ") == ["lint", "types", "imports", "py311", "py312", "py313"]
+    assert tox["tox"]["skip_missing_interpreters"] == "true"
+    *_, report = tox["testenv"]["commands"].splitlines()
+    assert re.fullmatch(r"coverage report --fail-under=\{env:\w+:(9\d)\}", report)
+    coverage = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["coverage"]["run"]
+    assert coverage["branch"]
+    assert coverage["source"] == ["lxc_pool"]
+    assert "subprocess" in coverage["patch"]  # the service and its workers
 
 
 @pytest.fixture
