@@ -24,7 +24,8 @@ class PoolManager(managers.BaseManager):
 
     def __init__(self, host_dir: str | os.PathLike[str] | None = None, authkey: bytes | None = None) -> None:
         """Name the host dir; nothing happens yet."""
-        self.host_dir = hostdir.default_host_dir() if host_dir is None else Path(host_dir)
+        # Absolute: connections are made again later, wherever the process or its child is then.
+        self.host_dir = (hostdir.default_host_dir() if host_dir is None else Path(host_dir)).absolute()
         super().__init__(str(hostdir.socket_path(self.host_dir)), authkey, SERIALIZER)
 
     @classmethod

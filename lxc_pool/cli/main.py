@@ -17,6 +17,9 @@ DONE, NO, WRONG_USE, UNREACHABLE, NOT_ALLOWED, FAILED = range(6)
 
 COMMAND_FAILED_TO_RUN, INTERRUPTED = 125, 130
 
+_OF_THE_SERVICE = ("psutil", "lxc")
+"""What a client's installation does without."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lxc-pool` with *argv* (default: the process's arguments) and return its exit status."""
@@ -29,6 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_THE_SERVICE:
+            raise
+        print(
+            f"lxc-pool: `{arguments.command}` is for the service's host and needs {error.name}, not installed here: "
+            "`pip install lxc-pool[server]`",
+            file=sys.stderr,
+        )
+        return WRONG_USE
     except BrokenPipeError:
         _drop_output()  # whoever read it has gone
         return FAILED

@@ -198,7 +198,8 @@ def stop_fork_server() -> None:
     """End the process that workers are forked from, once all lanes are closed; it would end a little after us."""
     gc.collect()  # replaced executors are in cycles; their semaphores have to go before the tracker that counts them
     # Nothing public ends these two; both functions are in Python 3.11 to 3.14, and the next lane starts them anew.
-    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # noqa: SLF001  # see above
+    with contextlib.suppress(FileNotFoundError):  # its socket has been removed together with the host dir
+        multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # noqa: SLF001  # see above
     multiprocessing.resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # noqa: SLF001  # see above
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,6 +76,12 @@ def test_a_signal_to_all_its_processes_at_once_ends_it_in_order_too(service: Ser
 def test_a_signal_that_comes_while_it_starts_ends_it_too(service: Service) -> None:
     service.launch(size=2)
     eventually((service.host_dir / "pool.sock").exists, "it listens", timeout=30)
+    service.stop()
+
+
+def test_it_ends_in_order_though_its_host_dir_was_removed(service: Service) -> None:
+    service.start(size=2).wait_ready()
+    shutil.rmtree(service.host_dir)
     service.stop()
 
 

@@ -409,6 +409,23 @@ def test_serving_without_liblxcs_binding_says_what_to_install(
     assert "pip install lxc-pool[server]" in lxc_pool.err
 
 
+@pytest.mark.usefixtures("service")
+def test_a_clients_installation_has_the_clients_commands_and_names_what_the_others_need() -> None:
+    script = "import sys; sys.modules |= dict.fromkeys(('psutil', 'lxc', '_lxc')); from lxc_pool.cli.main import main; "
+    script += "sys.exit(main(sys.argv[1:]))"
+
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, check=False)
+
+    for command in ("status", "ls", "wait"):
+        assert run(command).returncode == 0, command
+    for command in ("check", "audit", "cleanup"):
+        done = run(command)
+        assert done.returncode == 2, command
+        assert "pip install lxc-pool[server]" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lxc") is None, reason="needs liblxc's binding")
 def test_serve_prints_where_it_is_ready_and_serves_what_it_was_told_to(
     lxc_pool: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

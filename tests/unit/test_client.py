@@ -6,12 +6,14 @@ import contextlib
 import functools
 import gc
 import grp
+import importlib.metadata
 import logging
 import math
 import multiprocessing
 import multiprocessing.managers
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -127,6 +129,17 @@ def test_the_host_dir_is_the_environments_unless_one_is_given(
         assert pool.host_dir == service.host_dir
     with PoolManager.connect(str(service.host_dir)) as pool:
         assert repr(pool) == str(pool) == f"<pool of {service.host_dir}>"
+
+
+def test_a_relative_host_dir_is_the_same_after_a_change_of_directory(
+    service: MemoryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(service.directory)
+    with PoolManager.connect("host") as pool:
+        monkeypatch.chdir("/")
+        pool.close()
+        assert pool.echo("x") == "x"
+        assert pool.host_dir == service.host_dir
 
 
 def test_the_status_and_the_list_are_typed(service: MemoryService, pool: PoolServiceProxy) -> None:
@@ -1092,6 +1105,11 @@ import lxc_pool, lxc_pool.client.pool
 heavy = [name for name in sys.modules if name.split(".")[0] in ("lxc", "_lxc", "psutil")]
 print(heavy + [name for name in sys.modules if name.startswith(("lxc_pool.service", "lxc_pool.backend"))])
 """
+
+
+def test_a_clients_installation_needs_nothing_that_is_compiled_here() -> None:
+    always = [line for line in importlib.metadata.requires("lxc-pool") or () if "extra ==" not in line]
+    assert [re.split(r"[^\w-]", line)[0] for line in always] == ["msgspec"]  # of which there are wheels
 
 
 def test_importing_the_package_loads_neither_the_engine_nor_the_service() -> None:
