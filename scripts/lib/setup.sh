@@ -85,7 +85,7 @@ as_root() {
     command -v sudo >/dev/null ||
         die 2 "containers need root, and there is no sudo here: run it as root (su -c '$0')"
     local pass=() name
-    if [ -d "$HOME/.pyenv" ]; then export PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}; fi
+    if [ -d "${HOME:-}/.pyenv" ]; then export PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}; fi
     # What decides where packages come from, and how the tests run.
     for name in CI PATH PYENV_ROOT LXC_POOL_OS_RELEASE http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY \
         "${!PIP_@}" "${!TOX_@}" "${!LXC_POOL_TEST_@}"; do
@@ -134,7 +134,7 @@ TEXT
 
 # Put interpreters that pyenv holds on PATH, last: its shims answer to every name, but run only the chosen versions.
 add_pyenv_interpreters() {
-    local versions=${PYENV_ROOT:-$HOME/.pyenv}/versions bin
+    local versions=${PYENV_ROOT:-${HOME:-}/.pyenv}/versions bin
     if command -v pyenv >/dev/null; then versions=$(pyenv root)/versions; fi
     for bin in "$versions"/3.1[1-9]*/bin; do
         if [ -x "$bin/python3" ]; then PATH=$PATH:$bin; fi

@@ -78,13 +78,14 @@ def test_it_shows_each_container_beside_a_cold_one_and_leaves_the_host_as_it_was
     pool: PoolServiceProxy, demo: Callable[..., Demo]
 ) -> None:
     before = {info.name for info in pool.containers()}
-    run = demo("--count", "3", "--size", "2")
+    run = demo()
     assert run.ends() == 0, run.output
     numbers = r"(?: +\d+\.\d{3}){4}\n"
     rows = re.findall(rf"^(lxp-\S+) +(\S+) +(\S+){numbers}", run.output, re.MULTILINE)
-    assert [row[1].split("_")[1] for row in rows] == ["demo-0", "demo-1", "demo-2"]
+    assert [row[1].split("_")[1] for row in rows] == [f"demo-{number}" for number in range(20)]
     assert all(name == hostname for name, _id, hostname in rows)
-    assert len({name for name, _id, _hostname in rows}) == 3
+    assert len({name for name, _id, _hostname in rows}) == 20
+    assert "ready with 5 warm containers" in run.output
     assert re.search(rf"^median{numbers}", run.output, re.MULTILINE)
     assert re.search(r"get: +\d+ times as fast as lxc-copy \+ lxc-start\n", run.output)
     assert CLEAN in run.output

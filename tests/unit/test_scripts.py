@@ -112,6 +112,24 @@ def test_apparmor_is_installed_where_the_kernel_has_it(tmp_path: Path, answer: b
     assert ("apparmor" in done.stdout.split()) is answer
 
 
+def test_who_is_not_root_goes_on_with_sudo_or_is_told(tmp_path: Path) -> None:
+    executable(tmp_path / "bin" / "id", "#!/bin/sh\necho 1000\n")
+    for name in ("dirname", "env", "cat"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    environment = {"PATH": str(tmp_path / "bin"), "PIP_INDEX_URL": "https://mirror.example/"}
+    script = executable(tmp_path / "script", f'#!{shutil.which("bash")}\n{prelude(tmp_path)}as_root "$@"\n')
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, "--size", "3"], env=environment, capture_output=True, text=True, check=False)
+
+    refused = run()
+    assert (refused.returncode, "there is no sudo here: run it as root" in refused.stderr) == (2, True)
+    executable(tmp_path / "bin" / "sudo", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    words = run().stdout.splitlines()
+    assert "PIP_INDEX_URL=https://mirror.example/" in words
+    assert words[-3:] == [str(script), "--size", "3"]
+
+
 def test_what_the_machine_lacks_is_installed_and_nothing_else(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     executable(tmp_path / "bin" / "apt-get", f'#!/bin/sh\necho "$*" >>{calls}\n')

@@ -10,7 +10,9 @@ import pickle
 import socket
 import stat
 import struct
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -771,6 +773,22 @@ def test_waiters_are_told_when_the_service_ends(service: MemoryService) -> None:
         channel.close()
     assert not service.socket_path.exists()
     assert not hostdir.key_path(service.host_dir).exists()
+
+
+def test_neither_beginning_nor_end_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep, slept = time.sleep, []
+
+    def note(seconds: float) -> None:
+        slept.append(sys._getframe(1).f_globals["__name__"])
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", note)
+    with memory_service(2) as service:
+        service.reaches(size=2)
+        with PoolManager.connect(service.host_dir) as pool, pool.lease("x", SOON):
+            pass
+    assert slept  # the test's own waiting is noted
+    assert [name for name in slept if name.startswith("lxc_pool")] == []
 
 
 def test_whoever_asks_for_the_end_is_answered_when_everything_is_closed(service: MemoryService) -> None:
