@@ -73,8 +73,14 @@ class MemoryJournal:
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.broken = False
+        self._look: Callable[[Entry], None] = lambda _entry: None
+
+    def watch(self, look: Callable[[Entry], None]) -> None:
+        """Have *look* called, with the pool's lock held, for each entry that is about to be written."""
+        self._look = look
 
     def write(self, entry: Entry) -> None:
+        self._look(entry)
         if self.broken:
             raise BackendError("the ledger can't be written: disk full")
         self.entries[entry.name] = entry
