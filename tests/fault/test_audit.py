@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import pytest
 from lxc_pool import State
 from lxc_pool.cli.main import main
 from lxc_pool.host import idranges
+from lxc_pool.host.cgroups import hierarchies
 from lxc_pool.host.residue import LOCKS
 from lxc_pool.service import audit
 from tests.support.faults import FaultyService
@@ -178,6 +181,58 @@ def test_a_lease_whose_owner_is_dead_is_residue(service: FaultyService) -> None:
     assert cleanup(service, "--execute").returncode == 0
     assert list(service.containers.iterdir()) == []
     service.assert_clean()
+
+
+def test_each_kind_of_trace_is_seen_beside_a_running_service_and_removed(service: FaultyService) -> None:
+    pool = service.start(size=1)
+    with pool.lease("x") as container, contextlib.ExitStack() as stack:
+        names = [f"lxp-{service.instance}-dead-{number}" for number in (1, 2)]
+        directory, bare = (service.containers / name for name in names)
+        (directory / "disk").mkdir(parents=True)
+        (directory / "config").touch()
+        bare.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "none", directory / "disk"], check=True)
+        stack.callback(subprocess.run, ["umount", "--lazy", directory / "disk"], check=False, stderr=subprocess.DEVNULL)
+        groups = [
+            tree.mount_point / f"lxc.{what}.{names[0]}" for tree in hierarchies() for what in ("payload", "monitor")
+        ]
+        for group in groups:
+            group.mkdir()
+        sleeper = stack.enter_context(subprocess.Popen(["sleep", "infinity"]))
+        stack.callback(sleeper.kill)
+        (groups[0] / "cgroup.procs").write_text(str(sleeper.pid))
+        device = f"lxp{service.instance}adead"
+        subprocess.run(["ip", "link", "add", device, "type", "bridge"], check=True)
+        stack.callback(subprocess.run, ["ip", "link", "delete", device], check=False, stderr=subprocess.DEVNULL)
+        lock = LOCKS / str(service.containers).lstrip("/") / f".{names[0]}"
+        lock.touch()
+        first = idranges.take(str(directory))
+        partial = service.state_dir / "images" / "busybox" / ".partial-dead"
+        (partial / "rootfs").mkdir(parents=True)
+
+        status, document = run_audit(service)
+        assert status == 1
+        found = [(entry["kind"], entry["name"], entry["detail"].split(": ")[0]) for entry in document["findings"]]
+        assert sorted(found) == sorted(
+            [
+                ("container", names[0], str(directory)),
+                ("directory", names[1], str(bare)),
+                ("mount", names[0], str(directory / "disk")),
+                *(("cgroup", names[0], str(group)) for group in groups),
+                ("process", names[0], f"{sleeper.pid} sleep infinity"),
+                ("netdev", device, device),
+                ("lock", names[0], str(lock)),
+                ("lock", names[0], str(idranges.REGISTRY / str(first))),
+                ("directory", str(partial), str(partial)),
+            ]
+        )
+        done = cleanup(service, "--execute")
+        assert (done.returncode, done.stdout.count(": removed\n")) == (0, len(found)), done.stdout
+        assert sleeper.wait(5) == -signal.SIGKILL
+        assert device not in [name for _index, name in socket.if_nameindex()]
+        assert not [path for path in (directory, bare, *groups, lock, partial) if path.exists()]
+        container.run(["true"], check=True)
+    assert_healed(service, pool)
 
 
 def test_beside_a_service_whose_ledger_is_gone_nothing_is_removed(service: FaultyService) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lxc_pool import Container, LeaseExpired, PoolServiceProxy, ServiceUnavailable, State, UnknownLease
-from tests.support.faults import LEDGER_STEPS, FaultyService
+from lxc_pool import Container, ContainerId, LeaseExpired, PoolServiceProxy, ServiceUnavailable, State, UnknownLease
+from lxc_pool.service import audit
+from tests.support.faults import CREATION_STEPS, LEDGER_STEPS, REMOVAL_STEPS, FaultyService
 from tests.support.oracle import assert_healed
 from tests.support.reuse import occupied
 from tests.support.waiting import eventually
@@ -141,6 +142,54 @@ def test_a_release_during_which_the_service_dies_is_one(world: World, step: str)
     assert leased(world) == set()
     with pytest.raises((LeaseExpired, UnknownLease)):
         world.pool.container(container.name)
+
+
+@pytest.mark.parametrize("step", [*CREATION_STEPS[1:], *REMOVAL_STEPS])
+def test_what_a_lane_is_at_as_the_service_dies_is_finished_or_undone(world: World, step: str) -> None:
+    service = world.service
+    service.faults.plan(step, "hang")
+    container = get(world)
+    container.release()
+    eventually(lambda: service.faults.has_happened(step, "hang"), f"a worker is at {step}")
+    known = {info.name: info.state for info in world.pool.containers()}
+    halves = {name for name, state in known.items() if state in (State.BUILDING, State.REAPING)}
+    service.kill()
+    # What is half made or half removed is residue; the lease is not.
+    named = {trace.name for trace in audit.audit(service.state_dir, service.host_dir).findings}
+    assert halves & named
+    assert world.survivor.name not in named
+    service.launch(config=CONFIG)
+    service.await_ready()
+    assert_healed(service, world.pool, leased=[world.survivor.name])
+    assert not halves & {info.name for info in world.pool.containers()}
+
+
+def test_what_of_a_lease_is_written_down_is_there_after_a_restart(world: World) -> None:
+    wished = [0, "a string", ContainerId.create("job")]
+    first = [world.pool.get(wish, 30, ttl=3600) for wish in wished]
+    with world.service.client("pool.get('kept', 30).keep(3600)") as keeper:
+        keeper.wait()
+    before = {info.name: info for info in world.pool.containers()}
+    world.service.kill()
+    world.service.launch(config=CONFIG)
+    world.service.await_ready()
+    after = {info.name: info for info in world.pool.containers()}
+    for container, wish in zip(first, wished, strict=True):
+        assert container is not None
+        assert after[container.name].id == wish
+        assert type(after[container.name].id) is type(wish)
+    (kept,) = [info for info in after.values() if info.id == "kept"]
+    assert kept.owner_pid is None
+    for info in [kept, *(after[container.name] for container in first if container is not None)]:
+        old = before[info.name]
+        same = (old.profile, old.state, old.owner_pid, old.owner_uid, old.init_pid)
+        assert (info.profile, info.state, info.owner_pid, info.owner_uid, info.init_pid) == same
+        assert info.age >= old.age
+    world.pool.container(kept.name).release()
+    for container in first:
+        assert container is not None
+        container.run(["true"], check=True)
+        container.release()
 
 
 def test_a_killed_service_leaves_no_socket_that_an_audit_or_the_next_one_does_not_find(
