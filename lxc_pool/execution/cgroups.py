@@ -19,6 +19,11 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lxc_pool.host import cgroup_tree
+
+_RETRY = 0.01
+"""Seconds before processes that are to be killed, and can't be looked at, are looked for again. A guess."""
+
 UNIFIED = ""
 """How /proc/PID/cgroup names the v2 hierarchy."""
 
@@ -130,10 +135,16 @@ class CommandCgroup:
         deadline = time.monotonic() + timeout
         with contextlib.suppress(OSError):  # before Linux 5.14, and in v1: no such file; the loop below does it alone
             _write(self.directory + "/cgroup.kill", b"1")
-        while pids := self._pids():
-            if time.monotonic() >= deadline or not self._kill_and_wait(pids, deadline):
+        while True:
+            try:
+                if not (pids := cgroup_tree.pids(self.directory)):
+                    return True
+                if not self._kill_and_wait(pids, deadline):
+                    return False
+            except OSError:  # no descriptor is left, say: what can't be looked into is not empty
+                select.select([], [], [], _RETRY)
+            if time.monotonic() >= deadline:
                 return False
-        return True
 
     def remove(self) -> bool:
         """Remove the cgroup and those below it, if nothing runs there; what is left goes with the container.
@@ -146,28 +157,29 @@ class CommandCgroup:
         except FileNotFoundError:
             return True
         except OSError:  # processes, or cgroups that the command made
-            for directory, _, _ in os.walk(self.directory, topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(directory)
+            with contextlib.suppress(OSError):  # one can't be looked into; so it is still there
+                for directory in cgroup_tree.directories(self.directory, topdown=False):
+                    with contextlib.suppress(OSError):
+                        os.rmdir(directory)
             return not os.path.exists(self.directory)
         return True
 
-    def _pids(self) -> set[int]:
-        pids: set[int] = set()
-        for directory, _, _ in os.walk(self.directory):
-            with contextlib.suppress(OSError), open(directory + "/cgroup.procs", "rb") as file:
-                pids.update(map(int, file.read().split()))
-        return pids
-
     def _kill_and_wait(self, pids: set[int], deadline: float) -> bool:
+        """Kill those of *pids* that there are descriptors for, and wait; return whether they ended in time."""
         poller = select.poll()
         pidfds: dict[int, int] = {}
         try:
             for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
+                try:
                     pidfds[os.pidfd_open(pid)] = pid
+                except ProcessLookupError:
+                    pass
+                except OSError:
+                    if not pidfds:
+                        raise
+                    break  # as many as there is room for
             # who is listed again after its pidfd was opened is ours, and not a stranger with a reused pid
-            still = self._pids()
+            still = self._listed_beside(pidfds)
             for fd, pid in pidfds.items():
                 if pid in still:
                     with contextlib.suppress(ProcessLookupError):
@@ -185,6 +197,16 @@ class CommandCgroup:
         finally:
             for fd in pidfds:
                 os.close(fd)
+
+    def _listed_beside(self, pidfds: dict[int, int]) -> set[int]:
+        """Return what runs here; let go of as many of *pidfds* as have to make room for that, all but one."""
+        while True:
+            try:
+                return cgroup_tree.pids(self.directory)
+            except OSError:
+                if len(pidfds) < 2:
+                    raise
+                os.close(pidfds.popitem()[0])
 
 
 def _paths(text: str) -> Iterator[tuple[str, str]]:

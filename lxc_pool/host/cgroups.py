@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from lxc_pool.errors import DestroyFailed
-from lxc_pool.host import ends
+from lxc_pool.host import cgroup_tree, ends
 
 _V1_FLAGS = frozenset({"ro", "rw", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"})
 """What a version 1 mount lists beside its controllers. Source: kernel/cgroup/cgroup-v1.c, cgroup1_show_options."""
@@ -146,19 +146,12 @@ def cgroups_by_container(prefix: str) -> tuple[tuple[str, Path], ...]:
 
 
 def pids(path: Path) -> tuple[int, ...]:
-    """Return the processes in the cgroup *path* and in those below it, sorted; none if it is not there.
-
-    Zombies are not in it (measured on both versions), nor are processes that this pid namespace can't see.
+    """Return the processes in the cgroup *path* and in those below it, sorted; see `cgroup_tree.pids`.
 
     Raises:
         OSError: It can't be looked into: there is no descriptor left, say.
     """
-    found: set[int] = set()
-    for directory, _, _ in os.walk(path, onerror=_unless_gone):
-        # ENODEV: removed meanwhile; EOPNOTSUPP: threaded, the cgroup above lists its processes.
-        with contextlib.suppress(OSError):
-            found.update(int(line) for line in _read(os.path.join(directory, "cgroup.procs")).split())
-    return tuple(sorted(found - {0}))
+    return tuple(sorted(cgroup_tree.pids(path)))
 
 
 def kill(*paths: Path, timeout: float = 2.0) -> tuple[int, ...]:
@@ -301,7 +294,7 @@ def _remove(path: Path, deadline: float) -> str:
     while True:
         failure: OSError | None = None
         try:
-            for directory, _, _ in os.walk(path, topdown=False, onerror=_unless_gone):
+            for directory in cgroup_tree.directories(path, topdown=False):
                 try:
                     os.rmdir(directory)
                 except FileNotFoundError:
@@ -317,12 +310,6 @@ def _remove(path: Path, deadline: float) -> str:
         if failure.errno != errno.EBUSY or time.monotonic() >= deadline:
             return f"{failure.filename}: {failure.strerror}"
         select.select([], [], [], _RETRY)
-
-
-def _unless_gone(error: OSError) -> None:
-    """Raise what os.walk would pass over, but for a cgroup that was removed meanwhile, or never was."""
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV):
-        raise error
 
 
 def _all_pids(paths: Iterable[Path]) -> tuple[int, ...]:

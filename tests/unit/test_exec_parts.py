@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +33,7 @@ from lxc_pool.execution.protocol import (
     decode_event,
     decode_order,
 )
+from tests.support.descriptors import few_descriptors
 from tests.support.recorded_layouts import LAYOUTS, Host
 
 HYBRID = """\
@@ -113,6 +117,49 @@ def test_a_cgroup_without_a_kill_file_is_emptied_process_by_process(tmp_path: Pa
     assert cgroup.kill(0)
     assert cgroup.remove()
     assert cgroup.remove()
+
+
+def test_a_cgroup_that_can_not_be_looked_into_is_not_taken_for_empty(tmp_path: Path) -> None:
+    cgroup = CommandCgroup(str(tmp_path), "command")
+    cgroup.create()
+    (tmp_path / "command" / "below").mkdir()
+    (tmp_path / "command" / "below" / "cgroup.procs").touch()
+    with few_descriptors(0):
+        assert not cgroup.kill(0)
+        assert not cgroup.remove()
+    assert cgroup.kill(0)
+
+
+def test_processes_that_there_are_too_few_descriptors_for_are_killed_bit_by_bit(tmp_path: Path) -> None:
+    cgroup = CommandCgroup(str(tmp_path), "command")
+    cgroup.create()
+    living = {process.pid: process for process in [subprocess.Popen(["sleep", "1000"]) for _ in range(5)]}
+    with contextlib.ExitStack() as stack:
+        procs = stack.enter_context((tmp_path / "command" / "cgroup.procs").open("w"))
+        poller = select.poll()
+        pids = {}
+        for pid in living:
+            pids[descriptor := os.pidfd_open(pid)] = pid
+            stack.callback(os.close, descriptor)
+            poller.register(descriptor, select.POLLIN)
+
+        def list_living() -> None:
+            os.pwrite(procs.fileno(), "".join(f"{pid:<9}\n" for pid in living).encode().ljust(100), 0)
+
+        def be_the_kernel() -> None:
+            while living:
+                for descriptor, _ in poller.poll():
+                    poller.unregister(descriptor)
+                    assert living.pop(pids[descriptor]).wait() == -signal.SIGKILL
+                list_living()
+
+        list_living()
+        kernel = threading.Thread(target=be_the_kernel, daemon=True)
+        kernel.start()
+        with few_descriptors(3):
+            assert cgroup.kill(10)
+        kernel.join(10)
+    assert not living
 
 
 def test_a_used_cgroup_is_not_removed(tmp_path: Path) -> None:
