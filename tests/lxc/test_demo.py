@@ -15,6 +15,7 @@ import pytest
 from lxc_pool import PoolServiceProxy
 from scripts.demo_site import Site
 from tests.support.real_service import ROOT
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.host, pytest.mark.usefixtures("images")]  # which skips where containers can't be
 
@@ -57,6 +58,11 @@ class Demo:
         self.process.communicate()
         self.site.undo()
         self.site.sweep()
+
+
+def stoppers(run: Demo) -> list[int]:
+    """Return the processes that stop a run's service."""
+    return [pid for pid, line in run.site.processes().items() if line.endswith(" stop")]
 
 
 @pytest.fixture
@@ -109,6 +115,10 @@ def test_it_shows_each_container_beside_a_cold_one_and_leaves_the_host_as_it_was
 def test_ctrl_c_at_any_point_leaves_nothing(demo: Callable[..., Demo], words: str, times: int) -> None:
     run = demo("--count", "8", "--size", "2")
     run.says(words, times)
+    if words == "more without a pause":
+        eventually(lambda: stoppers(run), "it stops the service")
+        # That comes to an orderly end: no key typed at the terminal reaches it.
+        assert os.getsid(stoppers(run)[0]) != os.getsid(run.process.pid)
     os.killpg(run.process.pid, signal.SIGINT)  # a terminal's goes to all of them
     assert run.ends() == 128 + signal.SIGINT, run.output
     assert "ended by SIGINT; cleaning up" in run.output

@@ -25,6 +25,15 @@ def test_without_a_file_there_is_one_profile_of_five_and_a_lane_for_each_cpu_but
     assert found.group == "lxc-pool"
 
 
+@pytest.mark.parametrize(("cpus", "lanes"), [(1, 1), (4, 4), (64, 5), (None, 1)])
+def test_there_are_five_lanes_at_most_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, cpus: int | None, lanes: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    assert read("").workers == lanes
+    assert read("[pool]\nworkers = 7\n").workers == 7
+
+
 def test_every_key_is_read() -> None:
     found = read(
         """
