@@ -192,7 +192,8 @@ def test_each_kind_of_trace_is_seen_beside_a_running_service_and_removed(service
         (directory / "config").touch()
         bare.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "none", directory / "disk"], check=True)
-        stack.callback(subprocess.run, ["umount", "--lazy", directory / "disk"], check=False, stderr=subprocess.DEVNULL)
+        umount = ["umount", "--lazy", str(directory / "disk")]
+        stack.callback(lambda: subprocess.run(umount, check=False, stderr=subprocess.DEVNULL))
         groups = [
             tree.mount_point / f"lxc.{what}.{names[0]}" for tree in hierarchies() for what in ("payload", "monitor")
         ]

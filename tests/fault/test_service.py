@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lxc_pool import Container, ContainerId, LeaseExpired, PoolServiceProxy, ServiceUnavailable, State, UnknownLease
+from lxc_pool.model import LeaseId
 from lxc_pool.service import audit
 from tests.support.faults import CREATION_STEPS, LEDGER_STEPS, REMOVAL_STEPS, FaultyService
 from tests.support.oracle import assert_healed
@@ -165,7 +166,7 @@ def test_what_a_lane_is_at_as_the_service_dies_is_finished_or_undone(world: Worl
 
 
 def test_what_of_a_lease_is_written_down_is_there_after_a_restart(world: World) -> None:
-    wished = [0, "a string", ContainerId.create("job")]
+    wished: list[LeaseId] = [0, "a string", ContainerId.create("job")]
     first = [world.pool.get(wish, 30, ttl=3600) for wish in wished]
     with world.service.client("pool.get('kept', 30).keep(3600)") as keeper:
         keeper.wait()
