@@ -6,6 +6,7 @@ What needs the `server` extra is imported where it is used: the program is the c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -121,10 +122,10 @@ def _setup_of(state_dir: Path, host_dir: Path, *, execute: bool) -> Iterator[Ste
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(text)
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"must be 0 or more seconds, not {text!r}")
 
 
 def _as_dict(trace: Trace) -> dict[str, object]:
