@@ -23,7 +23,7 @@ from lxc_pool.errors import AccessDenied, ConfigError
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
     """Add the commands to the parser."""
-    parser = commands.add_parser("setup", parents=[common], help="create group, configuration, unit and limits")
+    parser = commands.add_parser("setup", parents=[common], help="make ready what the service wants of the host")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument(
         "--root",

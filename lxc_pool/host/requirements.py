@@ -16,6 +16,7 @@ from pathlib import Path
 from lxc_pool.backend.lxc import layers
 from lxc_pool.config import NetworkConfig
 from lxc_pool.errors import BackendError, ConfigError, ImageError
+from lxc_pool.host import apparmor as profiles
 from lxc_pool.host import bridge, cgroups, firewall
 from lxc_pool.images import busybox
 
@@ -33,9 +34,6 @@ _MIN_DESCRIPTORS = 4096
 
 GOOD_INOTIFY = 1024
 """inotify instances of one user, those of its containers included. A guess; Linux's own is 128."""
-
-APPARMOR_PROFILE = "lxc-container-default-cgns"
-"""That of containers which name none. Source: liblxc 5.0.2, src/lxc/lsm/apparmor.c, apparmor_prepare."""
 
 _TIMEOUT = 5.0
 """Seconds for a program that takes some milliseconds."""
@@ -227,35 +225,43 @@ def inotify() -> Requirement:
     return Requirement("inotify", True, f"{limit} instances")
 
 
-def apparmor(kernel_files: Path = Path("/sys")) -> Requirement:
-    """Check that containers can be started under liblxc's AppArmor profile, as they are where the kernel has AppArmor.
+def apparmor(sysfs: Path = Path("/sys")) -> Requirement:
+    """Check that unprivileged containers run under our AppArmor profile, and privileged ones under liblxc's.
 
-    Where it is on, and the profile or the kernel's word on it is missing, liblxc starts none at all (measured, 5.0.2).
+    Where AppArmor is on, and liblxc can't put on the profile that it is to, it starts nothing (measured, 5.0.2).
 
     Args:
-        kernel_files: Where sysfs is mounted.
+        sysfs: Where sysfs is mounted.
     """
-    if not _is_on(kernel_files / "module/apparmor/parameters/enabled"):
+    if not profiles.is_on(sysfs):
         fix = "boot with apparmor=1 security=apparmor; without it, containers are kept in by all else alone"
         return Requirement("apparmor", False, "off, or not in this kernel", fix, advice=True)
-    security = kernel_files / "kernel/security"
     try:
-        loaded = (security / "apparmor/profiles").read_text(encoding="utf-8", errors="replace").splitlines()
+        modes = profiles.modes(sysfs)
     except PermissionError:
         return Requirement("apparmor", False, "its profiles can't be seen without root", "run this check as root")
     except OSError as error:
-        fix = f"mount -t securityfs securityfs {security}"
+        fix = f"mount -t securityfs securityfs {sysfs / 'kernel/security'}"
         return Requirement("apparmor", False, f"on, but {error.filename}: {error.strerror}", fix)
-    # `NAME (MODE)`
-    modes = dict(line.rpartition(" (")[::2] for line in loaded)
-    if APPARMOR_PROFILE not in modes:
+    ours = profiles.is_enforced(profiles.PROFILE, sysfs)
+    if profiles.LIBLXC_PROFILE not in modes:
+        missing = f"the profile {profiles.LIBLXC_PROFILE} is not loaded, without which no %scontainer starts"
         fix = "apparmor_parser -r /etc/apparmor.d/lxc-containers (of the package lxc; Debian: apt-get install apparmor)"
-        return Requirement("apparmor", False, f"on, but the profile {APPARMOR_PROFILE} is not loaded", fix)
-    mode = modes[APPARMOR_PROFILE].rstrip(")")
-    if mode != "enforce":
-        fix = f"aa-enforce {APPARMOR_PROFILE}; until then it forbids containers nothing"
-        return Requirement("apparmor", False, f"the profile {APPARMOR_PROFILE} is in mode {mode}", fix, advice=True)
-    return Requirement("apparmor", True, f"{APPARMOR_PROFILE} is enforced")
+        return Requirement("apparmor", False, f"on, but {missing % ('privileged ' if ours else '')}", fix, advice=ours)
+    for name, otherwise in (
+        (profiles.LIBLXC_PROFILE, "it forbids containers nothing"),
+        (profiles.PROFILE, f"{profiles.LIBLXC_PROFILE} is used in its place"),
+    ):
+        if name in modes and not profiles.is_enforced(name, sysfs):
+            detail = f"the profile {name} is in mode {modes[name]}"
+            return Requirement("apparmor", False, detail, f"aa-enforce {name}; until then {otherwise}", advice=True)
+    if not ours:
+        detail = (
+            f"the profile {profiles.PROFILE} is not loaded: {profiles.LIBLXC_PROFILE} is used in its place, "
+            "in which systemd can't make its mounts"
+        )
+        return Requirement("apparmor", False, detail, "lxc-pool setup", advice=True)
+    return Requirement("apparmor", True, f"{profiles.PROFILE} is enforced; {profiles.LIBLXC_PROFILE} if privileged")
 
 
 def bridge_network(config: NetworkConfig, instance: str) -> Requirement:
@@ -308,14 +314,6 @@ def _knows_overlay() -> bool:
 def _version(text: str) -> tuple[int, int]:
     found = re.match(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _is_on(switch: Path) -> bool:
-    """Tell whether a boolean parameter of a kernel module is Y; one that is not there is not."""
-    try:
-        return switch.read_text(encoding="ascii").strip() == "Y"
-    except OSError:
-        return False
 
 
 def _number(path: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Make ready what the service wants of a host: group, configuration, unit, limits; and take it away again.
+"""Make ready what the service wants of a host, and take it away again: group, configuration, unit, limits, AppArmor.
 
 Each step looks before it acts, so that doing it all again changes nothing. What an administrator has written is kept:
 a file of ours is known by its first line, and the configuration is theirs once it is there.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lxc_pool import config
 from lxc_pool.errors import ConfigError
-from lxc_pool.host import requirements, systemd
+from lxc_pool.host import apparmor, requirements, systemd
 
 MARK = "# Made by `lxc-pool setup`, which writes it anew."
 """The first line of a file that may be written over and removed."""
@@ -29,6 +29,7 @@ TEMPLATE = Path(__file__).with_name("lxc-pool.toml")
 _SYSTEM = Path("/")
 _UNIT = Path("etc/systemd/system") / systemd.UNIT
 _SYSCTL = Path("etc/sysctl.d/60-lxc-pool.conf")
+_APPARMOR = Path("etc/apparmor.d/lxc-pool")
 _SYSTEMD = (Path("usr/lib/systemd/systemd"), Path("lib/systemd/systemd"))
 
 _FOREIGN = "is kept: it is not of our making"
@@ -45,7 +46,7 @@ class Step:
     """What was, or would be, done about one thing.
 
     Attributes:
-        name: group, configuration, unit or limits.
+        name: group, configuration, unit, limits or apparmor.
         target: The thing itself.
         changed: Whether it was changed, or would be.
         detail: What about it, in words.
@@ -103,6 +104,7 @@ def set_up(site: Site) -> Iterator[Step]:
     yield _configuration(site, configuration)
     yield _unit(site)
     yield _limits(site)
+    yield _apparmor(site)
 
 
 def remove(site: Site) -> Iterator[Step]:
@@ -120,6 +122,8 @@ def remove(site: Site) -> Iterator[Step]:
             systemd.systemctl("daemon-reload")
     if _is_ours(site.path(_SYSCTL)):
         yield _remove(site, "limits", site.path(_SYSCTL))
+    if _is_ours(site.path(_APPARMOR)):
+        yield _remove_apparmor(site, site.path(_APPARMOR))
     configuration = site.path(config.DEFAULT_CONFIG)
     with contextlib.suppress(FileNotFoundError):
         if configuration.read_bytes() == TEMPLATE.read_bytes():
@@ -203,6 +207,39 @@ def _limits(site: Site) -> Step:
         raised = ", ".join(f"{name} = {value}" for name, value in low.items())
         return dataclasses.replace(step, changed=True, detail=f"{step.detail}; raised: {raised}")
     return step
+
+
+def _apparmor(site: Site) -> Step:
+    """Put our AppArmor profile in place, and load it if the system runs; at boot, the host's own service does."""
+    path = site.path(_APPARMOR)
+    on = site.runs and apparmor.is_on()
+    if not path.parent.is_dir():
+        detail = f"not needed: there is no {path.parent} here"
+        if on:
+            detail = f"not written: there is no {path.parent} here; apt-get install apparmor, then do this again"
+        return Step("apparmor", str(path), False, detail)
+    step = _write_ours(site, "apparmor", path, apparmor.TEXT.read_text(encoding="utf-8"))
+    if not on or (not step.changed and apparmor.is_enforced(apparmor.PROFILE)):
+        return step
+    if not site.execute:
+        return dataclasses.replace(step, changed=True, detail=f"{step.detail}; loaded")
+    problem = apparmor.load(path)
+    if problem is None and not apparmor.is_enforced(apparmor.PROFILE):  # it is in /etc/apparmor.d/disable, say
+        problem = f"{apparmor.PROFILE} is not enforced"
+    detail = f"{step.detail}; {'loaded' if problem is None else f'not loaded: {problem}'}"
+    return dataclasses.replace(step, changed=step.changed or problem is None, detail=detail)
+
+
+def _remove_apparmor(site: Site, path: Path) -> Step:
+    """Take our AppArmor profile away; not out of the kernel while something runs under it, which would be free then."""
+    if not site.runs or not apparmor.is_on():
+        return _remove(site, "apparmor", path)
+    problem = None
+    if site.execute:
+        count = apparmor.confined(apparmor.PROFILE)
+        problem = f"{count} processes run under it" if count else apparmor.unload(path)
+    step = _remove(site, "apparmor", path)
+    return step if problem is None else dataclasses.replace(step, detail=f"{step.detail}; stays loaded: {problem}")
 
 
 def _write_ours(site: Site, name: str, path: Path, text: str) -> Step:

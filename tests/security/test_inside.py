@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from lxc_pool import PoolServiceProxy, State
 from lxc_pool.backend.lxc import limits
 from lxc_pool.config import ProfileConfig
 from lxc_pool.errors import ExecFailed, LeaseError, LxcPoolError
-from lxc_pool.host import cgroups, idranges, requirements
+from lxc_pool.host import apparmor, cgroups, idranges, requirements
 from tests.security.attackers import LIMITS, STRANGER, TIMEOUT, Attacker, as_person
 from tests.support.real_service import Service
 
@@ -207,18 +209,107 @@ def test_whoever_enters_can_not_be_traced_or_looked_into(attacker: Attacker, tmp
     assert found["foreign"] == "0"
 
 
-@pytest.mark.skipif(not requirements.apparmor().ok, reason="needs a host with AppArmor, and liblxc's profile")
+needs_apparmor = pytest.mark.skipif(
+    not requirements.apparmor().ok, reason="needs a host with AppArmor, and its profiles: `lxc-pool setup`"
+)
+
+CHANGES = [
+    f"echo {words} >/proc/self/attr/{file}"
+    for file in ("current", "exec", "apparmor/current", "apparmor/exec")
+    for words in ("changeprofile unconfined", f"changeprofile {apparmor.LIBLXC_PROFILE}", "exec unconfined")
+]
+
+
+def under(profile: str, script: str) -> str:
+    """Return what a shell says that is the host's root, under an AppArmor profile and nothing else."""
+    change = (
+        "import os, sys; open('/proc/self/attr/apparmor/exec', 'w').write('exec ' + sys.argv[1]);"
+        "os.execvp('sh', ['sh', '-c', sys.argv[2]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", change, profile, script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    return done.stdout
+
+
+@needs_apparmor
 def test_apparmor_holds_init_and_commands_and_its_root_can_not_shake_it_off(attacker: Attacker) -> None:
-    label = f"{requirements.APPARMOR_PROFILE} (enforce)\n"
+    label = f"{apparmor.PROFILE} (enforce)\n"
     assert Path(f"/proc/{attacker.container.init_pid}/attr/apparmor/current").read_text() == label
     assert attacker.shell("cat /proc/1/attr/current /proc/self/attr/current") == label * 2
+    assert attacker.shell("cat /proc/self/attr/current", user=1000) == label
+    with attacker.container.popen(["cat", "/proc/self/attr/current"], stdout=subprocess.PIPE, text=True) as command:
+        assert command.communicate(timeout=TIMEOUT)[0] == label
+    tries = "; ".join(f"({change}) 2>/dev/null && echo changed" for change in CHANGES)
+    assert attacker.shell(f"{tries}; cat /proc/self/attr/current") == label
+    # In a user and mount namespace of its own it has no more to say.
+    assert attacker.shell(f"unshare -Urm sh -c '{tries}; cat /proc/self/attr/current'") == label
+
+
+@needs_apparmor
+def test_apparmor_lets_it_mount_what_its_user_namespace_does(attacker: Attacker) -> None:
     said = attacker.shell(
-        "mkdir /tmp/proc; mount -t proc proc /tmp/proc && echo mounted;"
-        "(echo changeprofile unconfined >/proc/self/attr/current) && echo changed; cat /proc/self/attr/current"
+        "mkdir /tmp/m && unshare -m sh -c '"
+        "mount -t tmpfs t /tmp/m && mount -o bind /etc /tmp/m && mount -o remount,bind,ro /tmp/m && umount /tmp/m &&"
+        "mount -t proc p /tmp/m && mount --make-rslave / && echo all'"
     )
-    assert said.endswith(label)
-    assert "mounted" not in said.split()
-    assert "changed" not in said.split()
+    assert said == "all\n"
+    assert "done" not in attacker.shell(
+        "for type in debugfs tracefs securityfs; do mount -t $type x /mnt && echo done; done"
+    )
+
+
+@needs_apparmor
+def test_what_apparmor_denies_is_denied_where_all_else_would_allow_it(attacker: Attacker) -> None:
+    """The files are its own: it has put them in the places of those of the kernel."""
+    allowed = [
+        *("/proc/version", "/proc/sys/net/x", "/proc/sys/user/x", "/proc/sys/fs/mqueue/x", "/sys/fs/cgroup/x"),
+        *(f"/proc/sys/kernel/{name}" for name in ("domainname", "hostname", "msgmax", "sem", "shmmax")),
+        "/sys/devices/virtual/net/x",
+    ]
+    denied = [
+        *("/proc/sysrq-trigger", "/proc/kcore", "/proc/bus/x", "/proc/sys/x", "/proc/sys/fs/file-max", "/sys/x"),
+        *(f"/proc/sys/kernel/{name}" for name in ("core_pattern", "modprobe", "sysrq", "dmesg_restrict", "printk")),
+        *("/sys/fs/x", "/sys/devices/x", "/sys/devices/virtual/x"),
+    ]
+    script = "mount -t tmpfs t /proc; mount -t tmpfs t /sys; mkdir -p /proc/bus /proc/sys/kernel /proc/sys/net"
+    script += " /proc/sys/user /proc/sys/fs/mqueue /sys/fs/cgroup /sys/devices/virtual/net"
+    script += f"; for file in {' '.join(allowed + denied)}; do (echo x >$file) 2>/dev/null && echo $file; done"
+    assert attacker.shell(f"unshare -m sh -c '{script}; true'").split() == allowed
+
+
+@needs_apparmor
+def test_apparmor_alone_keeps_even_the_hosts_root_from_the_host() -> None:
+    victim = subprocess.Popen(["sleep", "60"])
+    tries = {
+        "signal": f"kill -TERM {victim.pid}",
+        "look": f"head -c 0 /proc/{victim.pid}/environ",
+        # What it would write is what is there, should the profile not hold it.
+        **{
+            name: f"old=$(cat /proc/sys/{name}) && echo $old >/proc/sys/{name}"
+            for name in ("kernel/panic", "vm/swappiness")
+        },
+        "ask": "echo h >/proc/sysrq-trigger",
+        "dump": "head -c 0 /proc/kcore",
+        "mount": "unshare -m mount -t debugfs d /mnt",
+        "change": "echo changeprofile unconfined >/proc/self/attr/current",
+    }
+    script = "; ".join(f"({command}) >/dev/null 2>&1 && echo {name}" for name, command in tries.items())
+    own = "sleep 60 & kill -TERM $! && cat /proc/self/attr/current"
+    try:
+        assert under(apparmor.PROFILE, f"{script}; {own}") == f"{apparmor.PROFILE} (enforce)\n"
+        assert victim.poll() is None
+        assert under("unconfined", script).split() == list(tries), "each could be done"
+        assert victim.wait(TIMEOUT) == -signal.SIGTERM
+    finally:
+        victim.kill()
+        victim.wait()
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -504,6 +595,8 @@ def test_without_new_privileges_a_set_uid_program_is_as_any_other(
             answer = it.run("effective", user=1000)
             assert answer["uid"] + "\n" == gained, profile
             assert ("NoNewPrivs:\t1" in it.shell("cat /proc/self/status")) == (profile == "bound")
+            if requirements.apparmor().ok:
+                assert it.shell("cat /proc/self/attr/current") == f"{apparmor.PROFILE} (enforce)\n", profile
 
 
 def test_a_privileged_container_has_neither_devices_nor_what_is_confined_to_no_namespace(
@@ -525,3 +618,6 @@ def test_a_privileged_container_has_neither_devices_nor_what_is_confined_to_no_n
         capabilities = int(attacker.shell("grep CapBnd /proc/self/status").split()[1], 16)
         for number in (16, 17, 25, 32, 33):  # sys_module, sys_rawio, sys_time, mac_override, mac_admin
             assert not capabilities >> number & 1
+        if requirements.apparmor().ok:
+            label = f"{apparmor.LIBLXC_PROFILE} (enforce)\n"
+            assert attacker.shell("cat /proc/1/attr/current /proc/self/attr/current") == label * 2

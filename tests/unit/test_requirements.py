@@ -14,7 +14,7 @@ import pytest
 
 from lxc_pool.config import NetworkConfig
 from lxc_pool.errors import ImageError
-from lxc_pool.host import bridge, cgroups, requirements
+from lxc_pool.host import apparmor, bridge, cgroups, requirements
 from lxc_pool.images import busybox
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -270,11 +270,23 @@ LOADED = (
 )
 
 
-def test_apparmor_with_liblxcs_profile_is_well(sysfs: Sysfs) -> None:
+LIBLXCS, OURS = "lxc-container-default-cgns (enforce)", "lxc-pool-container (enforce)"
+
+
+def test_apparmor_with_our_profile_and_liblxcs_is_well(sysfs: Sysfs) -> None:
     sysfs.switch("Y")
-    sysfs.load(*LOADED, "lxc-container-default-cgns (enforce)")
+    sysfs.load(*LOADED, LIBLXCS, OURS)
     found = requirements.apparmor(sysfs.root)
-    assert (found.ok, found.fix, found.detail) == (True, "", "lxc-container-default-cgns is enforced")
+    assert (found.ok, found.fix) == (True, "")
+    assert found.detail == "lxc-pool-container is enforced; lxc-container-default-cgns if privileged"
+
+
+def test_that_liblxcs_stricter_profile_is_used_for_ours_is_told(sysfs: Sysfs) -> None:
+    sysfs.switch("Y")
+    sysfs.load(*LOADED, LIBLXCS)
+    found = requirements.apparmor(sysfs.root)
+    assert (found.ok, found.advice, found.fix) == (False, True, "lxc-pool setup")
+    assert "lxc-pool-container is not loaded: lxc-container-default-cgns is used in its place" in found.detail
 
 
 def test_a_host_without_apparmor_is_advised_to_have_it(sysfs: Sysfs) -> None:
@@ -291,16 +303,34 @@ def test_a_profile_that_is_not_loaded_is_lacking_for_nothing_starts_then(sysfs: 
     sysfs.load(*LOADED)
     found = requirements.apparmor(sysfs.root)
     assert (found.ok, found.advice) == (False, False)
-    assert "lxc-container-default-cgns is not loaded" in found.detail
+    assert "lxc-container-default-cgns is not loaded, without which no container starts" in found.detail
     assert "apparmor_parser -r" in found.fix
 
 
-def test_a_profile_that_only_complains_is_advised_against(sysfs: Sysfs) -> None:
+def test_without_liblxcs_profile_only_privileged_containers_do_not_start_if_ours_is_there(sysfs: Sysfs) -> None:
     sysfs.switch("Y")
-    sysfs.load(*LOADED, "lxc-container-default-cgns (complain)")
+    sysfs.load(*LOADED, OURS)
+    found = requirements.apparmor(sysfs.root)
+    assert (found.ok, found.advice) == (False, True)
+    assert "lxc-container-default-cgns is not loaded, without which no privileged container starts" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("profiles", "until_then"),
+    [
+        (("lxc-container-default-cgns (complain)", OURS), "until then it forbids containers nothing"),
+        ((LIBLXCS, "lxc-pool-container (complain)"), "until then lxc-container-default-cgns is used in its place"),
+    ],
+)
+def test_a_profile_that_only_complains_is_advised_against(
+    sysfs: Sysfs, profiles: tuple[str, str], until_then: str
+) -> None:
+    sysfs.switch("Y")
+    sysfs.load(*LOADED, *profiles)
     found = requirements.apparmor(sysfs.root)
     assert (found.ok, found.advice) == (False, True)
     assert "in mode complain" in found.detail
+    assert until_then in found.fix
 
 
 def test_securityfs_that_is_not_mounted_is_named(sysfs: Sysfs) -> None:
@@ -315,6 +345,6 @@ def test_the_profiles_can_be_seen_by_root_alone(sysfs: Sysfs, monkeypatch: pytes
         raise PermissionError
 
     sysfs.switch("Y")
-    monkeypatch.setattr(requirements, "_is_on", lambda _switch: True)
+    monkeypatch.setattr(apparmor, "is_on", lambda _sysfs: True)
     monkeypatch.setattr(Path, "read_text", refuse)
     assert requirements.apparmor(sysfs.root).fix == "run this check as root"

@@ -18,7 +18,7 @@ import pytest
 from lxc_pool import config
 from lxc_pool.cli.main import main
 from lxc_pool.errors import ConfigError
-from lxc_pool.host import setup, systemd
+from lxc_pool.host import apparmor, setup, systemd
 from lxc_pool.host.setup import Site, Step
 from tests.support.processes import as_nobody
 
@@ -27,13 +27,14 @@ needs_root = pytest.mark.skipif(
 )
 
 UNIT, SYSCTL, CONFIG = "etc/systemd/system/lxc-pool.service", "etc/sysctl.d/60-lxc-pool.conf", "etc/lxc-pool.toml"
+APPARMOR = "etc/apparmor.d/lxc-pool"
 
 
 @pytest.fixture
 def system(tmp_path: Path) -> Path:
     """The root directory of a system with systemd, as an image has it."""
     root = tmp_path / "system"
-    (root / "etc").mkdir(parents=True)
+    (root / "etc/apparmor.d").mkdir(parents=True)
     (root / "etc/group").write_text("root:x:0:\n")
     (root / "usr/lib/systemd").mkdir(parents=True)
     (root / "usr/lib/systemd/systemd").touch()
@@ -43,7 +44,7 @@ def system(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def this_machine_is_left_alone() -> Iterator[None]:
     """What setup writes is below a tree of the test's; should it not be, that is to be seen."""
-    paths = [Path("/") / path for path in (UNIT, SYSCTL, CONFIG)]
+    paths = [Path("/") / path for path in (UNIT, SYSCTL, CONFIG, APPARMOR)]
 
     def state() -> list[object]:
         return [path.exists() and path.stat().st_mtime_ns for path in paths]
@@ -63,11 +64,12 @@ def test_everything_is_made_once(system: Path, capsys: pytest.CaptureFixture[str
     assert main(["setup", "--root", str(system)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["done", "group"], ["done", "configuration"], ["done", "unit"], ["done", "limits"]
+        ["done", "group"], ["done", "configuration"], ["done", "unit"], ["done", "limits"], ["done", "apparmor"]
     ]  # fmt: skip
     assert re.search(r"^lxc-pool:[^:]*:\d+:$", (system / "etc/group").read_text(), re.MULTILINE)
     assert (system / SYSCTL).read_text().splitlines()[1:] == ["fs.inotify.max_user_instances = 8192"]
-    for path in (UNIT, SYSCTL, CONFIG):
+    assert "\nprofile lxc-pool-container " in (system / APPARMOR).read_text()
+    for path in (UNIT, SYSCTL, CONFIG, APPARMOR):
         assert (system / path).stat().st_mode & 0o777 == 0o644
     made = {path: path.stat().st_mtime_ns for path in system.rglob("*")}
     assert main(["setup", "--root", str(system)]) == 0
@@ -81,7 +83,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(system: Path, capsys: 
     assert all(line.startswith("would ") for line in capsys.readouterr().out.splitlines())
     assert main(["setup", "--dry-run", "--json", "--root", str(system)]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["changed"], document["dry_run"], len(document["steps"])) == (True, True, 4)
+    assert (document["changed"], document["dry_run"], len(document["steps"])) == (True, True, 5)
     assert sorted(system.rglob("*")) == before
 
 
@@ -96,10 +98,12 @@ def test_whoever_is_not_root_is_refused_before_anything_is_done(system: Path) ->
 @needs_root
 def test_what_an_administrator_has_written_is_kept(system: Path) -> None:
     words = {CONFIG: '[access]\ngroup = "testers"\n', UNIT: "[Service]\nExecStart=mine\n", SYSCTL: "# mine\n"}
+    words[APPARMOR] = "profile lxc-pool-container {}\n"
     for path, text in words.items():
         (system / path).parent.mkdir(parents=True, exist_ok=True)
         (system / path).write_text(text)
-    assert changed(Site(system)) == {"group": True, "configuration": False, "unit": False, "limits": False}
+    kept = dict.fromkeys(("configuration", "unit", "limits", "apparmor"), False)
+    assert changed(Site(system)) == {"group": True, **kept}
     assert {path: (system / path).read_text() for path in words} == words
     assert "\ntesters:" in (system / "etc/group").read_text(), "the group that the configuration names"
 
@@ -108,7 +112,10 @@ def test_what_an_administrator_has_written_is_kept(system: Path) -> None:
 def test_a_file_of_ours_is_brought_up_to_date(system: Path, tmp_path: Path) -> None:
     changed(Site(system))
     other = Site(system, host_dir=tmp_path / "a b", state_dir=tmp_path / "state")
-    assert changed(other) == {"group": False, "configuration": False, "unit": True, "limits": False}
+    (system / APPARMOR).write_text(f"{setup.MARK}\nprofile lxc-pool-of-old {{}}\n")
+    stays = dict.fromkeys(("group", "configuration", "limits"), False)
+    assert changed(other) == {**stays, "unit": True, "apparmor": True}
+    assert (system / APPARMOR).read_text() == apparmor.TEXT.read_text()
     assert f'--host-dir "{tmp_path}/a b" --state-dir {tmp_path}/state\n' in (system / UNIT).read_text()
 
 
@@ -141,6 +148,85 @@ def test_limits_are_raised_at_once_and_never_lowered(system: Path, monkeypatch: 
     assert "fs.inotify.max_user_instances = 8192\n" in (system / SYSCTL).read_text()
     current.unlink()
     assert "raised" not in setup._limits(Site(system)).detail, "a kernel without it"
+
+
+class Kernel:
+    """A system that runs, with AppArmor: what setup asks of its kernel, and whether the parser works."""
+
+    def __init__(self, system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loaded: str | None = None
+        self.problem: str | None = None
+        self.disabled = False
+        self.confined = 0
+        monkeypatch.setattr(setup, "_SYSTEM", system)
+        monkeypatch.setattr(apparmor, "is_on", lambda: True)
+        monkeypatch.setattr(apparmor, "is_enforced", lambda _profile: self.loaded is not None)
+        monkeypatch.setattr(apparmor, "load", self._load)
+        monkeypatch.setattr(apparmor, "unload", self._unload)
+        monkeypatch.setattr(apparmor, "confined", lambda _profile: self.confined)
+
+    def has_it(self) -> bool:
+        return self.loaded is not None
+
+    def _load(self, path: Path) -> str | None:
+        if self.problem is None and not self.disabled:
+            self.loaded = path.read_text()
+        return self.problem
+
+    def _unload(self, path: Path) -> str | None:
+        assert path.exists(), "the parser reads the names of the profiles there"
+        self.loaded = None
+        return self.problem
+
+
+@pytest.fixture
+def kernel(system: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    return Kernel(system, monkeypatch)
+
+
+def test_the_apparmor_profile_is_loaded_and_loaded_again_where_it_is_gone(system: Path, kernel: Kernel) -> None:
+    assert setup._apparmor(Site(system, execute=False)).detail == "written; loaded"
+    assert (kernel.has_it(), (system / APPARMOR).exists()) == (False, False)
+    assert setup._apparmor(Site(system)).detail == "written; loaded"
+    assert kernel.loaded == apparmor.TEXT.read_text()
+    assert not setup._apparmor(Site(system)).changed
+    kernel.loaded = None
+    assert setup._apparmor(Site(system, execute=False)).changed
+    assert not kernel.has_it()
+    step = setup._apparmor(Site(system))
+    assert (step.changed, step.detail) == (True, "is as it should be; loaded")
+    (system / APPARMOR).write_text(f"{setup.MARK}\nprofile lxc-pool-of-old {{}}\n")
+    assert setup._apparmor(Site(system)).detail == "written anew; loaded"
+
+
+def test_an_apparmor_profile_that_can_not_be_loaded_is_told_of(system: Path, kernel: Kernel) -> None:
+    kernel.problem = "apparmor_parser --replace: syntax error"
+    assert setup._apparmor(Site(system)).detail == f"written; not loaded: {kernel.problem}"
+    step = setup._apparmor(Site(system))
+    assert (step.changed, "not loaded: apparmor_parser" in step.detail) == (False, True)
+    kernel.problem, kernel.disabled = None, True
+    assert "not loaded: lxc-pool-container is not enforced" in setup._apparmor(Site(system)).detail
+
+
+def test_a_system_without_apparmors_directory_is_told_only_if_its_kernel_has_it(system: Path, kernel: Kernel) -> None:
+    (system / "etc/apparmor.d").rmdir()
+    assert "apt-get install apparmor" in setup._apparmor(Site(system)).detail
+    assert "not needed" in setup._apparmor(Site(system / "usr")).detail
+    assert not kernel.has_it()
+
+
+def test_the_apparmor_profile_is_unloaded_unless_something_runs_under_it(system: Path, kernel: Kernel) -> None:
+    setup._apparmor(Site(system))
+    assert [step.detail for step in setup.remove(Site(system, execute=False))] == ["would be removed"]
+    assert kernel.has_it()
+    kernel.confined = 3
+    (step,) = setup.remove(Site(system))
+    assert step.detail == "removed; stays loaded: 3 processes run under it"
+    assert kernel.has_it(), "they would be unconfined"
+    kernel.confined = 0
+    setup._apparmor(Site(system))
+    assert [step.detail for step in setup.remove(Site(system))] == ["removed"]
+    assert (kernel.has_it(), (system / APPARMOR).exists()) == (False, False)
 
 
 def test_a_wrong_configuration_stops_it_before_anything_is_done(
@@ -180,9 +266,9 @@ def test_a_group_that_can_not_be_made_is_an_error(
 def test_what_was_made_is_removed_but_for_the_group(system: Path) -> None:
     changed(Site(system))
     would = [step.detail for step in setup.remove(Site(system, execute=False))]
-    assert would == ["would be removed"] * 3
-    assert [step.detail for step in setup.remove(Site(system))] == ["removed"] * 3
-    assert not any((system / path).exists() for path in (UNIT, SYSCTL, CONFIG))
+    assert would == ["would be removed"] * 4
+    assert [step.detail for step in setup.remove(Site(system))] == ["removed"] * 4
+    assert not any((system / path).exists() for path in (UNIT, SYSCTL, CONFIG, APPARMOR))
     assert "lxc-pool:" in (system / "etc/group").read_text()
     assert list(setup.remove(Site(system))) == []
 
@@ -192,10 +278,12 @@ def test_what_was_changed_is_not_removed(system: Path) -> None:
     changed(Site(system))
     (system / CONFIG).write_text("[pool]\nsize = 3\n")
     (system / UNIT).write_text("[Service]\nExecStart=mine\n")
+    (system / APPARMOR).write_text("profile lxc-pool-container {}\n")
     steps = {step.name: step.changed for step in setup.remove(Site(system))}
     assert steps == {"limits": True, "configuration": False}
     assert (system / CONFIG).exists()
     assert (system / UNIT).exists()
+    assert (system / APPARMOR).exists()
 
 
 def test_only_uninstalling_the_hosts_own_service_takes_its_set_up_away(

@@ -32,7 +32,9 @@ _DEVICES = ("c 1:3", "c 1:5", "c 1:7", "c 1:8", "c 1:9", "c 5:0", "c 5:1", "c 5:
 """null, zero, full, random, urandom, tty, console, ptmx, pts: what a privileged container may use."""
 
 
-def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int | None) -> str:
+def render(
+    blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int | None, apparmor: str | None = None
+) -> str:
     """Return the configuration of one container.
 
     Debian's `common.conf` is not included: its reboot hook sleeps half a second in each stop (measured).
@@ -42,6 +44,7 @@ def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int |
         directory: Where its files are.
         seccomp: The seccomp policy.
         first_id: The first of its range of ids; None: it is privileged.
+        apparmor: The AppArmor profile to run under; None: liblxc's own, if the host has AppArmor.
     """
     lines = [
         ("lxc.uts.name", blueprint.name),
@@ -58,6 +61,8 @@ def render(blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int |
     ]
     if blueprint.profile.no_new_privs:
         lines.append(("lxc.no_new_privs", "1"))
+    if apparmor is not None:
+        lines.append(("lxc.apparmor.profile", apparmor))
     if first_id is None:
         lines += [
             ("lxc.mount.auto", "proc:mixed sys:mixed cgroup:mixed"),

@@ -38,7 +38,7 @@ from lxc_pool.backend.lxc import (
 )
 from lxc_pool.backend.protocol import Blueprint, Endpoint
 from lxc_pool.errors import CloneFailed, ConfigError, DestroyFailed, ImageError, StartFailed
-from lxc_pool.host import cgroups, idranges, mounts, netlink
+from lxc_pool.host import apparmor, cgroups, idranges, mounts, netlink
 from lxc_pool.host.processes import ProcessIdentity, has_executed, identify
 from lxc_pool.images.store import Image, ImageStore, verify
 
@@ -89,6 +89,7 @@ class LxcBackend:
         self._id_base = id_base
         self._user_namespaces: dict[int, int] = {}
         self._cgroup_trees: tuple[cgroups.Hierarchy, ...] | None = None
+        self._told_of_apparmor = False
 
     def open(self) -> None:
         """See `Backend.open`: what is mounted for a start is seen by this worker and the containers alone."""
@@ -221,10 +222,32 @@ class LxcBackend:
             directory.chmod(0o710)
         # By rename, so that a clone cut short has either no configuration or a whole one.
         partial = directory / "config.partial"
-        text = container_config.render(blueprint, directory, _SECCOMP_POLICY, first_id)
+        profile = None if blueprint.profile.privileged else self._apparmor_profile()
+        text = container_config.render(blueprint, directory, _SECCOMP_POLICY, first_id, profile)
         partial.write_text(text, encoding="ascii")
         partial.rename(directory / "config")
         return first_id
+
+    def _apparmor_profile(self) -> str | None:
+        """Return the AppArmor profile of an unprivileged container; None: liblxc's.
+
+        It is looked for at each clone, since `setup` may load it at any time. If it goes before the container is up,
+        liblxc refuses to start it.
+        """
+        if not apparmor.is_on():
+            return None
+        if apparmor.is_enforced(apparmor.PROFILE):
+            self._told_of_apparmor = False
+            return apparmor.PROFILE
+        if not self._told_of_apparmor:
+            self._told_of_apparmor = True
+            log.warning(
+                "the AppArmor profile %s is not enforced: containers run under liblxc's %s, in which systemd can't "
+                "make its mounts; `lxc-pool setup` loads it",
+                apparmor.PROFILE,
+                apparmor.LIBLXC_PROFILE,
+            )
+        return None
 
     def _user_namespace(self, first_id: int | None) -> int | None:
         """Return a descriptor of a user namespace with that range, made once for each in each worker."""
