@@ -229,7 +229,7 @@ class Pool:
         Args:
             name: The leased container.
             uid: The caller; None: an administrator, who may touch any lease.
-            ttl: Seconds.
+            ttl: Seconds; `max_keep` at most for a lease that has no owner: nothing else would end it.
             drop_owner: For `keep`.
 
         Raises:
@@ -239,9 +239,9 @@ class Pool:
         with self._lock:
             member, lease = self._leases.find(name, uid)
             before = lease.expires, lease.owner
-            lease.expires = self._watch.now() + ttl
             if drop_owner:
                 lease.owner = None
+            lease.expires = self._watch.now() + (min(ttl, self._config.max_keep) if lease.owner is None else ttl)
             try:
                 self._stock.rewrite(member)
             except BackendError:

@@ -165,8 +165,7 @@ class PoolService:
             case messages.Renew(name, ttl):
                 return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl))
             case messages.Keep(name, ttl):
-                ttl = min(_check_seconds("ttl", ttl), self.config.max_keep)
-                return self._pool.set_ttl(name, scope, ttl, drop_owner=True)
+                return self._pool.set_ttl(name, scope, _check_seconds("ttl", ttl), drop_owner=True)
 
     def _administer(self, peer: Peer, call: messages.AdminCall) -> None:
         """Do what only an administrator may ask."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 
 from lxc_pool.backend.memory import HANG, Fault
+from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.errors import (
     CloneFailed,
     ConfigError,
@@ -14,12 +16,14 @@ from lxc_pool.errors import (
     LeaseExpired,
     PoolClosed,
     PoolDraining,
+    QuotaExceeded,
     StartFailed,
     UnknownLease,
 )
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import State
 from lxc_pool.service.census import WarmWait
+from lxc_pool.service.leases import Quota
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watched
 from tests.support.world import World
@@ -281,6 +285,27 @@ def test_a_kept_lease_outlives_its_owner_until_its_ttl() -> None:
     world.pool.set_ttl(name, 1000, 60.0, drop_owner=True)
     world.watch.kill(world.process(7))
     world.advance(59)
+    assert world.pool.leased(name, 1000).owner_pid is None
+    world.advance(2)
+    assert name not in world.backend.present
+
+
+@pytest.mark.parametrize("ttl", [60.0, math.inf])
+def test_a_lease_without_an_owner_lasts_no_longer_than_it_may_and_counts_in_its_users_quota(ttl: float) -> None:
+    world = World(Config((ProfileConfig("default", 2),), workers=2, max_keep=50.0))
+    world.settle()
+    name = world.lease(pid=7).name
+    world.pool.set_ttl(name, 1000, ttl)  # its owner will end it
+    world.advance(55)
+    assert world.pool.leased(name, 1000).state is State.LEASED
+    world.pool.set_ttl(name, 1000, ttl, drop_owner=True)
+    world.watch.kill(world.process(7))
+    ticket = Ticket("r", 1000, "default", "x", world.process(8), None, object(), lambda: None)
+    with pytest.raises(QuotaExceeded, match="has 1 containers"):
+        world.pool.request(ticket, Quota(leases=1, waiters=1))
+    world.advance(49)
+    world.pool.set_ttl(name, 1000, ttl)  # by whoever knows its name
+    world.advance(49)
     assert world.pool.leased(name, 1000).owner_pid is None
     world.advance(2)
     assert name not in world.backend.present
