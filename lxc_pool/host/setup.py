@@ -219,7 +219,7 @@ def _apparmor(site: Site) -> Step:
             detail = f"not written: there is no {path.parent} here; apt-get install apparmor, then do this again"
         return Step("apparmor", str(path), False, detail)
     step = _write_ours(site, "apparmor", path, apparmor.TEXT.read_text(encoding="utf-8"))
-    if not on or (not step.changed and apparmor.is_enforced(apparmor.PROFILE)):
+    if not on or step.detail == _FOREIGN or (not step.changed and apparmor.is_enforced(apparmor.PROFILE)):
         return step
     if not site.execute:
         return dataclasses.replace(step, changed=True, detail=f"{step.detail}; loaded")

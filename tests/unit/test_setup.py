@@ -208,6 +208,14 @@ def test_an_apparmor_profile_that_can_not_be_loaded_is_told_of(system: Path, ker
     assert "not loaded: lxc-pool-container is not enforced" in setup._apparmor(Site(system)).detail
 
 
+def test_an_administrators_own_profile_is_not_loaded_for_them(system: Path, kernel: Kernel) -> None:
+    (system / APPARMOR).write_text("profile lxc-pool-container {}\n")
+    step = setup._apparmor(Site(system))
+    assert (step.changed, "is kept" in step.detail) == (False, True)
+    assert list(setup.remove(Site(system))) == []
+    assert not kernel.has_it()
+
+
 def test_a_system_without_apparmors_directory_is_told_only_if_its_kernel_has_it(system: Path, kernel: Kernel) -> None:
     (system / "etc/apparmor.d").rmdir()
     assert "apt-get install apparmor" in setup._apparmor(Site(system)).detail
