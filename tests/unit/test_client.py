@@ -791,6 +791,16 @@ def test_a_wait_that_a_restart_interrupts_is_over_when_it_was_to_be(
         container.release()
 
 
+def test_releasing_what_the_service_knows_no_more_is_no_error(service: MemoryService, pool: PoolServiceProxy) -> None:
+    container = pool.get("x", SOON, ttl=0)
+    assert container is not None
+    service.reaches(leased=0, reaping=0, size=2)
+    service.restart()
+    with pytest.raises(UnknownLease):
+        _ = container.state
+    container.release()
+
+
 def test_a_release_that_failed_may_be_tried_again(service: MemoryService, pool: PoolServiceProxy) -> None:
     container = pool.get("x", SOON)
     assert container is not None
