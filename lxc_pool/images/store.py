@@ -198,7 +198,8 @@ class ImageStore:
     def partial(self) -> tuple[Path, ...]:
         """Return what interrupted builds and removals have left; what is going on is not among it. Changes nothing."""
         found: tuple[Path, ...] = ()
-        for name in self._names():
+        # Where there is nothing, no lock is taken: a collection of old images passes over one that it finds locked.
+        for name in [name for name in self._names() if self._partial(name)]:
             with contextlib.ExitStack() as stack:
                 try:
                     lock = os.open(self._lock_path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
