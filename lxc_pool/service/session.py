@@ -11,7 +11,6 @@ confirmed goes back to the pool.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import select
@@ -19,20 +18,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from lxc_pool.errors import (
-    AccessDenied,
-    AuthenticationFailed,
-    BackendError,
-    InternalError,
-    LxcPoolError,
-    QuotaExceeded,
-    UnknownLease,
-)
+from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError, QuotaExceeded, UnknownLease
 from lxc_pool.service import trail
 from lxc_pool.service.access import Peer, Policy
 from lxc_pool.service.fairness import CONNECTION_COST
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.service import PoolService
+from lxc_pool.service.shortage import as_shortage
 from lxc_pool.wire import handshake, messages
 from lxc_pool.wire.channel import Channel, ProtocolError, credentials
 
@@ -179,13 +171,14 @@ class Session:
         self._keep_pace(1)
         call = messages.decode_call(body)
         self._last_call = isinstance(call, messages.Shutdown)
-        descriptors = channel.take_descriptors()
+        descriptors: list[int] = []
         denied = self._denied()
         offer, self._offer = self._offer, None
         answers = isinstance(call, (messages.Confirm, messages.Abandon)) and call.request == offer
         if offer is not None and (denied is not None or not answers):
             self._pool.take_back(self.peer.uid, offer, self)
         try:
+            descriptors = channel.take_descriptors()
             if denied is not None:
                 raise denied
             reply = messages.encode_result(self._service.answer(self, call, descriptors))
@@ -200,7 +193,7 @@ class Session:
             Exception
         ) as error:  # a shortage, or our bug: the client is told, the log has the rest, the service goes on
             log.exception("%s of %s failed", type(call).__name__, self._peer)
-            reply = messages.encode_failure(_as_shortage(error) or error)
+            reply = messages.encode_failure(as_shortage(error) or error)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -257,13 +250,3 @@ class Session:
         if not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
             raise EOFError("the client closed the connection while it waited")
         raise ProtocolError("the client sent something while it waited for an answer")
-
-
-def _as_shortage(error: Exception) -> BackendError | None:
-    """Return what to tell a client if the host is short of something, which is no bug; None if it is not that."""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        return BackendError(
-            f"the service can't do it now: {os.strerror(error.errno)}; its administrator may raise its limits, which "
-            "`lxc-pool check` names"
-        )
-    return None

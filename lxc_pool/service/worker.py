@@ -37,6 +37,7 @@ from lxc_pool.errors import InternalError, LxcPoolError
 from lxc_pool.host import semaphores
 from lxc_pool.host.processes import die_at_end_of, kill_tree
 from lxc_pool.service.jobs import Job, LaneBroken, Outcome, perform
+from lxc_pool.service.shortage import as_shortage
 
 log = logging.getLogger(__name__)
 
@@ -242,5 +243,5 @@ def _attempt(backend: Backend, job: Job) -> Outcome | _Bug:
         return perform(backend, job)
     except LxcPoolError as error:
         return error
-    except Exception as error:  # noqa: BLE001  # our bug: the service is told, and the worker goes on
-        return _Bug(f"{type(error).__name__}: {error}", traceback.format_exc())
+    except Exception as error:  # noqa: BLE001  # a shortage, or our bug: the service is told, and the worker goes on
+        return as_shortage(error) or _Bug(f"{type(error).__name__}: {error}", traceback.format_exc())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -73,6 +74,7 @@ class Channel:
         self._accept_descriptors = accept_descriptors
         self._received = bytearray()
         self._descriptors: list[int] = []
+        self._lost = False
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -151,14 +153,20 @@ class Channel:
         return body
 
     def take_descriptors(self) -> list[int]:
-        """Return the descriptors that came since the last call; they are the caller's to close."""
+        """Return the descriptors that came since the last call; they are the caller's to close.
+
+        Raises:
+            OSError: This process had none left for some of them, which are lost; so are the others, and closed.
+        """
+        if self._lost:
+            self._drop_descriptors()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         taken, self._descriptors = self._descriptors, []
         return taken
 
     def close(self) -> None:
         """Close this end, and every descriptor that nobody took."""
-        for descriptor in self.take_descriptors():
-            os.close(descriptor)
+        self._drop_descriptors()
         self._socket.close()
 
     def break_off(self) -> None:
@@ -166,15 +174,23 @@ class Channel:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def _drop_descriptors(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+        self._lost = False
+
     def _receive(self) -> None:
         self._await_readable()
         if self._accept_descriptors:
-            chunk, ancillary, _flags, _address = self._socket.recvmsg(_CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            chunk, ancillary, flags, _address = self._socket.recvmsg(_CHUNK, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
             for level, kind, data in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     came = array.array("i")
                     came.frombytes(data[: len(data) - len(data) % came.itemsize])
                     self._descriptors.extend(came)
+            # It also says that more came than there may be; those are not missed. Source: recvmsg(2), MSG_CTRUNC.
+            if flags & socket.MSG_CTRUNC and len(self._descriptors) < MAX_DESCRIPTORS:
+                self._lost = True
             if len(self._descriptors) > MAX_DESCRIPTORS:
                 raise ProtocolError(f"more than {MAX_DESCRIPTORS} descriptors came beside one message")
         else:

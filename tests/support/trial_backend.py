@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -38,6 +39,8 @@ class TrialBackend:
             raise ImageError("no image 'unknown'")
         if image_name == "bug":
             raise KeyError("a bug")
+        if image_name == "shortage":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if image_name == "die":
             os._exit(1)
         return Image(image_name, "1", Path("/nonexistent"), 0, 0.0, str(os.getpid()))

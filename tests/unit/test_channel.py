@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from lxc_pool.wire.channel import MAX_DESCRIPTORS, MAX_MESSAGE, Channel, ProtocolError, credentials
+from tests.support.descriptors import few_descriptors
 from tests.support.processes import open_descriptors
 
 
@@ -192,6 +193,21 @@ def test_more_descriptors_than_a_message_may_have_are_refused_and_closed() -> No
             socket.send_fds(raw, [bytes([byte])], [0])
         with pytest.raises(ProtocolError, match="more than 4 descriptors"):
             channel.recv_bytes()
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_descriptors_that_there_is_no_room_for_are_missed_and_the_others_closed(room: int) -> None:
+    with pair(accept_descriptors=True) as (raw, channel):
+        socket.send_fds(raw, [frame(b"x")], [0, 1])
+        before = open_descriptors()
+        with few_descriptors(room):
+            assert channel.recv_bytes() == b"x"
+        with pytest.raises(OSError, match="Too many open files"):
+            channel.take_descriptors()
+        assert open_descriptors() == before
+        socket.send_fds(raw, [frame(b"y")], [0])
+        assert channel.recv_bytes() == b"y"
+        assert len(channel._descriptors) == 1
 
 
 def test_a_flood_of_descriptors_at_once_leaves_none_behind() -> None:

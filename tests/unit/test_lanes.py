@@ -21,7 +21,7 @@ import pytest
 
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.config import ProfileConfig
-from lxc_pool.errors import DestroyFailed, ImageError, InternalError
+from lxc_pool.errors import BackendError, DestroyFailed, ImageError, InternalError
 from lxc_pool.host.processes import identify
 from lxc_pool.images.store import Image
 from lxc_pool.service import worker
@@ -117,6 +117,13 @@ def test_a_declared_error_is_an_outcome_and_the_lane_goes_on(lane: ProcessLane) 
     assert isinstance(error, DestroyFailed)
     assert "force=True" in str(error)
     assert isinstance(outcome(lane, PrepareJob("busybox")), Image)
+
+
+def test_a_shortage_of_the_workers_is_no_bug(lane: ProcessLane, caplog: pytest.LogCaptureFixture) -> None:
+    error = outcome(lane, PrepareJob("shortage"))
+    assert isinstance(error, BackendError)
+    assert "Too many open files" in str(error)
+    assert not caplog.records
 
 
 def test_an_undeclared_error_is_our_bug_in_the_log_with_where_it_was(
