@@ -58,22 +58,33 @@ def check_id(value: object) -> LeaseId:
         ValueError: Written out, it is empty, has more than 128 characters, or one that is not printable; or it is an
             int of more than 64 bits.
     """
-    if isinstance(value, bool) or not isinstance(value, (str, int, ContainerId)):
-        raise TypeError(f"id must be a ContainerId, a str or an int, not {value!r}")
+    if isinstance(value, str):
+        _check_text(value)
+        return value
     if isinstance(value, ContainerId):
         if not isinstance(value.job_id, str):
             raise TypeError(f"id.job_id must be a str, not {value.job_id!r}; ContainerId.create takes numbers too")
-        check_id(value.job_id)
-        for field, part in (("creation_time", value.creation_time), ("pid", value.pid)):
-            if isinstance(part, bool) or not isinstance(part, int):
-                raise TypeError(f"id.{field} must be an int, not {part!r}")
-            check_id(part)
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        raise ValueError(f"id must fit in 64 bits, not {value!r}")
-    text = str(value)
+        _check_text(value.job_id)
+        _check_number("id.creation_time", value.creation_time)
+        _check_number("id.pid", value.pid)
+        _check_text(str(value))
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        _check_number("id", value)
+        return value
+    raise TypeError(f"id must be a ContainerId, a str or an int, not {value!r}")
+
+
+def _check_text(text: str) -> None:
     if not text or len(text) > MAX_ID_LENGTH or not text.isprintable():
         raise ValueError(f"id must be 1 to {MAX_ID_LENGTH} printable characters, not {text[:200]!r}")
-    return value
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} must fit in 64 bits: be -2**63 to 2**64 - 1")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,7 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from lxc_pool import hostdir
+from lxc_pool.client import requests
 from lxc_pool.client.caller import CALL_TIMEOUT, GRACE, LOST, Caller, check_seconds, check_timeout
 from lxc_pool.client.connection import SERIALIZER
 from lxc_pool.client.container import Container
@@ -266,7 +269,7 @@ class PoolServiceProxy(managers.BaseProxy):
             raise TypeError(f"profile must be a str, not {profile!r}")
         if owner is not None and (isinstance(owner, bool) or not isinstance(owner, int)):
             raise TypeError(f"owner must be a pid or None, not {owner!r}")
-        wish = messages.Get(os.urandom(16).hex(), identity, timeout, profile, owner, ttl)
+        wish = messages.Get(requests.new_name(), identity, timeout, profile, owner, ttl)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             return self._get_and_confirm(wish, deadline)
@@ -284,13 +287,10 @@ class PoolServiceProxy(managers.BaseProxy):
     def _get_and_confirm(self, wish: messages.Get, deadline: float | None) -> Container | str:
         again = False
         while True:
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            patience = None if remaining is None else time.monotonic() + remaining + GRACE
+            patience = None if wish.timeout is None else time.monotonic() + wish.timeout + GRACE
             connection = self._caller.borrow(deadline, again=again, grace=GRACE)
             try:
-                offer = connection.call(
-                    messages.Get(wish.request, wish.id, remaining, wish.profile, wish.owner, wish.ttl), patience
-                )
+                offer = connection.call(wish, patience)
                 if isinstance(offer, str):
                     self._caller.give_back(connection)
                     return offer
@@ -304,7 +304,7 @@ class PoolServiceProxy(managers.BaseProxy):
                 self._caller.give_back(connection)
                 if container is not None:
                     return container
-                # Too late: the service has taken it back. Queue again for the time that remains.
+                # Too late: the service has taken it back. Queue again.
             except (LxcPoolError, TypeError, ValueError):  # first: AccessDenied is an OSError, too
                 self._caller.give_back(connection)
                 raise
@@ -316,6 +316,8 @@ class PoolServiceProxy(managers.BaseProxy):
             except BaseException:
                 connection.close()
                 raise
+            if deadline is not None:
+                wish = msgspec.structs.replace(wish, timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _await_exit(pidfd: int, deadline: float) -> None:

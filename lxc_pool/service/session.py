@@ -54,6 +54,7 @@ class Session:
         self.uid = credentials(sock)[1]
         self.let_in = False
         self._work: Callable[[], None] | None = None
+        self._turn: contextlib.ExitStack | None = None
 
     @property
     def peer(self) -> Peer:
@@ -68,6 +69,7 @@ class Session:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self.let_in = self._let_in()
             if self.let_in:
+                self._channel.before_large = self._take_turn
                 while self._serve_one():
                     pass
         except EOFError:
@@ -151,11 +153,18 @@ class Session:
 
     def _serve_one(self) -> bool:
         """Take one call and answer it; return whether to go on."""
-        with contextlib.ExitStack() as turn:
-            if not self.peer.is_admin:
-                mine = self._service.turns.taken(self.peer.uid, MESSAGE_TIMEOUT)
-                self._channel.before_large = lambda: turn.enter_context(mine)
+        try:
             return self._take_and_answer()
+        finally:
+            if self._turn is not None:
+                turn, self._turn = self._turn, None
+                turn.close()
+
+    def _take_turn(self) -> None:
+        """Wait until this user has few enough large messages in the service; ours is one until it is answered."""
+        if not self.peer.is_admin:
+            self._turn = contextlib.ExitStack()
+            self._turn.enter_context(self._service.turns.taken(self.peer.uid, MESSAGE_TIMEOUT))
 
     def _take_and_answer(self) -> bool:
         channel = self._channel

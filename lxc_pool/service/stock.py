@@ -21,7 +21,7 @@ class Stock:
 
     Attributes:
         lock: Held for decisions only.
-        changed: Its condition, notified at every move.
+        changed: Its condition, notified when no container of a profile is left in a state, or one is gone.
         members: Every container by name.
         shelves: The profiles by name, as configured; behind them those that are retired.
         to_reap: Those in REAPING that no lane has taken on yet, oldest first.
@@ -109,7 +109,8 @@ class Stock:
         if state is State.REAPING:
             self.to_reap[member.name] = member
             self.wake()
-        self.changed.notify_all()
+        if not counts[before]:  # nobody waits for anything else
+            self.changed.notify_all()
 
     def drop(self, member: Member) -> None:
         """Forget a container that is gone."""
