@@ -120,6 +120,7 @@ class Pool:
             came_up=self._handoff.put,
             failed=functools.partial(self._reaper.reap, reason=Reason.START_FAILED),
             init_died=self._init_died,
+            awaited=lambda: bool(self._warm_waits),
         )
 
     # --- what callers ask ---------------------------------------------------------------------------------------------
@@ -326,6 +327,7 @@ class Pool:
         """Call the wait's notify once, now or later, when that many containers are warm."""
         with self._lock:
             self._warm_waits.add(wait)
+            self._stock.wake()
 
     def forget_wait(self, wait: WarmWait) -> None:
         """Drop a wait; not an error if it has been reached."""

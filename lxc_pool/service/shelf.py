@@ -22,6 +22,10 @@ _SURGE: Final = 4
 enough beside the others not to be noticed, enough to be through with many slow ones."""
 
 
+_PLENTY: Final = 4
+"""There are plenty of warm ones down to this part of the capacity. A guess: most of a burst is served without the lanes
+in its way, and there is something left of it when they begin."""
+
 Fits = Callable[[Endpoint | None, ProfileConfig], bool]
 """Whether a container's place in the network is what one of that profile would get now."""
 
@@ -80,6 +84,11 @@ class Shelf:
     def has_warm(self) -> bool:
         """Whether a container is warm."""
         return bool(self._warm or self._outdated)
+
+    @property
+    def has_plenty(self) -> bool:
+        """Whether there are enough warm ones that others need not be made while containers are being asked for."""
+        return self.filled and self.counts[State.WARM] * _PLENTY > self.capacity
 
     @property
     def outdated(self) -> int:

@@ -38,6 +38,10 @@ _OWN_DEADLINE = 0.9
 """Of the time that a creation may take, how much the engine has before it should give up by itself: it can say why,
 while a lane that is killed can't. A guess."""
 
+LULL = 0.05
+"""Seconds without a `get` after which containers are made that can wait: while lanes make some, all else is slower, a
+test of some milliseconds by half (measured). A guess: more than such a test takes, too little to be noticed."""
+
 _ROOM_PAUSE = 2.0
 """Seconds until it is looked again whether an obstacle is gone. A guess: "within seconds" is what the pool promises."""
 
@@ -79,6 +83,7 @@ class Upkeep:
         came_up: Callable[[Member], None],
         failed: Callable[[Member], None],
         init_died: Callable[[str], None],
+        awaited: Callable[[], bool],
     ) -> None:
         """Make it; nothing happens before the first `dispatch`.
 
@@ -96,6 +101,7 @@ class Upkeep:
             came_up: Called, with the lock held, for a container that is up and watched.
             failed: Called, with the lock held, for one that is not.
             init_died: Called when the init of a container has ended.
+            awaited: Returns, with the lock held, whether somebody waits until the pool is full.
         """
         self.config = config
         self._stock = stock
@@ -111,6 +117,8 @@ class Upkeep:
         self._came_up = came_up
         self._failed = failed
         self._init_died = init_died
+        self._awaited = awaited
+        self._lull_is_looked_for = False
         self._turns = itertools.count(1)
         self._collection_due = True
         self._slots = [Slot(lane) for lane in lanes]
@@ -140,7 +148,10 @@ class Upkeep:
             return None if slot.job is None else (slot, slot.job)
 
     def _next_job(self, obstacle: str | None) -> Job | None:
-        """Choose: somebody waits → create; else remove what is to be removed; else create; else look at images."""
+        """Choose: somebody waits → create; else remove what is to be removed; else create; else look at images.
+
+        While containers are asked for and there are plenty, only the first two.
+        """
         stock, now = self._stock, self._watch.now()
         shelves = [] if stock.closed or stock.draining else list(stock.shelves.values())
         if shelves:
@@ -167,9 +178,25 @@ class Upkeep:
         if stock.to_reap:
             name, member = stock.to_reap.popitem(last=False)
             return DestroyJob(name, force=member.retries > 0)
-        if wanting:
+        if wanting := self._pressing(wanting, now):
             return self._begin_creation(wanting[0], now)
         return (self._begin_verification(idle=True) if shelves else None) or self._begin_collection()
+
+    def _pressing(self, wanting: list[Shelf], now: float) -> list[Shelf]:
+        """Return those of *wanting* whose containers are to be made now, and not in the next lull."""
+        if not wanting or self._awaited():
+            return wanting
+        lull = max(shelf.last_asked for shelf in wanting) + LULL
+        if now >= lull:
+            return wanting
+        if not self._lull_is_looked_for:
+            self._lull_is_looked_for = True
+            self._watch.call_at(lull, self._look_for_lull)
+        return [shelf for shelf in wanting if not shelf.has_plenty]
+
+    def _look_for_lull(self) -> None:
+        self._lull_is_looked_for = False
+        self._stock.wake()
 
     def _begin_verification(self, *, idle: bool) -> VerifyJob | None:
         """Have an image compared with its checksum, if one is due; see `ImageCheck`."""

@@ -16,6 +16,7 @@ from lxc_pool.model import ContainerInfo, LeaseId, State
 from lxc_pool.service.jobs import Job, Outcome, perform
 from lxc_pool.service.ledger import Entry
 from lxc_pool.service.pool import Pool
+from lxc_pool.service.upkeep import LULL
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Timer, Watched
 
@@ -192,6 +193,11 @@ class World:
             self.watch.time = max(when, self.watch.time)
             self.settle()
         self.watch.time = end
+
+    def rest(self) -> None:
+        """Let nobody ask for anything until the shelves are being filled again, and all happen that happens then."""
+        self.settle()
+        self.advance(LULL)
 
     # --- callers ------------------------------------------------------------------------------------------------------
 

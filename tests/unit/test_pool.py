@@ -24,6 +24,7 @@ from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import State
 from lxc_pool.service.census import WarmWait
 from lxc_pool.service.leases import Quota
+from lxc_pool.service.upkeep import LULL
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watched
 from tests.support.world import World
@@ -137,7 +138,7 @@ def test_a_spike_of_one_more_than_there_are_gets_each_a_container_of_its_own_and
         assert world.pool.confirm(1000, ticket.request)
     world.settle()
     assert world.pool.confirm(1000, tickets[3].request)
-    world.settle()
+    world.rest()
     names = {ticket.offer.name for ticket in tickets if ticket.offer}
     assert len(names) == 4
     assert len(world.backend.present) == 4 + 3
@@ -185,7 +186,7 @@ def test_a_released_container_is_destroyed_and_never_seen_again() -> None:
     world = warm_world(2)
     name = world.lease().name
     world.pool.release(name, 1000)
-    world.settle()
+    world.rest()
     assert name not in world.backend.present
     assert name not in [info.name for info in world.pool.containers(None)]
     assert world.count(State.WARM) == 2
@@ -226,7 +227,7 @@ def test_when_the_owner_dies_all_its_containers_are_reaped() -> None:
     mine = {world.lease(pid=7).name, world.lease(pid=7).name}
     other = world.lease(pid=8).name
     world.watch.kill(world.process(7))
-    world.settle()
+    world.rest()
     assert not mine & world.backend.present
     assert world.names(State.LEASED) == [other]
     assert world.count(State.WARM) == 3
@@ -558,11 +559,48 @@ def test_abandoning_undoes_a_request_in_whichever_step_it_is() -> None:
     world.pool.abandon(1000, reserved.request)
     world.pool.abandon(1000, leased.request)
     world.pool.abandon(1000, "unheard of")
-    world.settle()
+    world.rest()
     assert world.count(State.WARM) == 2
     assert world.count(State.LEASED) == 0
     assert leased.offer is not None
     assert leased.offer.name not in world.backend.present
+
+
+def test_while_containers_are_asked_for_and_there_are_plenty_none_is_made() -> None:
+    world = warm_world(8)
+    for remaining in (7, 6, 5, 4, 3):
+        world.lease()
+        world.advance(LULL / 2)
+        assert world.names(State.BUILDING) == []
+        assert world.count(State.WARM) == remaining
+    world.advance(LULL)
+    assert world.count(State.WARM) == 8
+    assert not world.watch.timers  # what is full waits for nothing
+
+
+def test_when_a_quarter_is_left_containers_are_made_though_others_are_asked_for() -> None:
+    world = warm_world(8)
+    for _ in range(6):
+        world.lease()
+    world.settle()
+    assert world.count(State.WARM) > 2
+
+
+def test_a_first_filling_waits_for_no_lull() -> None:
+    world = World(8)
+    world.ask()
+    world.settle()
+    assert world.count(State.WARM) + world.count(State.RESERVED) == 8
+
+
+def test_whoever_waits_for_a_full_pool_waits_for_no_lull() -> None:
+    world = warm_world(8)
+    world.lease()
+    told: list[str] = []
+    world.pool.await_warm(WarmWait(None, lambda: told.append("full")))
+    world.settle()
+    assert told == ["full"]
+    assert world.count(State.WARM) == 8
 
 
 def test_whoever_waits_for_warm_containers_is_told_once_they_are() -> None:

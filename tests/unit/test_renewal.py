@@ -50,7 +50,7 @@ def test_a_changed_profile_rolls_over_and_leases_stay(field: dict[str, object]) 
     world = warm_world()
     world.backend.publish("debian")
     leased = world.lease().name
-    world.settle()
+    world.rest()
     old = set(world.names(State.WARM))
     change(world, ProfileConfig("default", 4, **field))  # type: ignore[arg-type]
     until_renewed(world)
