@@ -242,8 +242,11 @@ def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
 def _check_control(fd: int) -> None:
     """Refuse what is not one end of a pair: on the other side of a named socket is some service, which trusts root."""
     try:
-        with socket.socket(fileno=os.dup(fd)) as sock:
+        sock = socket.socket(fileno=fd)  # not of a duplicate, for which there may be no descriptor left
+        try:
             fine = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_SEQPACKET and not sock.getpeername()
+        finally:
+            sock.detach()
     except OSError:
         fine = False
     if not fine:

@@ -222,6 +222,18 @@ def test_a_tree_that_can_not_be_killed_is_said_to_be_there(monkeypatch: pytest.M
     control.close()
 
 
+def test_a_control_socket_is_known_for_one_though_no_descriptor_is_left() -> None:
+    ours, its = packets.pair()
+    with ours, its, open("/dev/null", "rb+") as null:
+        streams = (null.fileno(), null.fileno(), null.fileno())
+        with few_descriptors(0), pytest.raises(ExecFailed, match="launcher of commands is closed"):
+            Launcher().launch(ExecRequest(("true",), {}), streams, its.fileno(), null.fileno(), 1)
+        with few_descriptors(0), pytest.raises(ValueError, match="no end of a pair"):
+            Launcher().launch(ExecRequest(("true",), {}), streams, null.fileno(), null.fileno(), 1)
+        ours.send(b"still open")
+        assert its.recv(100) == b"still open"
+
+
 def test_an_agent_that_can_not_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/no/such/python")
     with Launcher() as launcher:
