@@ -2,8 +2,8 @@
 #
 # For the root of unprivileged containers. It stands behind their user namespaces: mounts are as free as the kernel lets
 # them be there, so that systemd comes up; what is denied are the switches of the machine at the places where programs
-# look for them, other profiles, and what is outside of the container. Of a kernel before 6.7, mounts by the newer calls
-# (move_mount) are not asked about at all, so no rule here is the only wall.
+# look for them, other profiles, and what is outside of the container. Kernels before 6.7 are said not to ask about mounts
+# by the newer calls (move_mount) at all, which was not tried: no rule here is to be the only wall.
 #
 # Its name begins with lxc-: the profile of lxc-start lets it change to no other.
 
