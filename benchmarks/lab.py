@@ -76,7 +76,7 @@ class Service:
         self.pool.wait_ready(timeout=STEP_TIMEOUT)
         while True:
             status = self.pool.status()
-            time.sleep(_QUIET_PAUSE)
+            time.sleep(_QUIET_PAUSE)  # nothing tells that all is at rest
             if (status.size, status.leased) == (status.capacity, leased) and not (
                 status.building or status.reserved or status.reaping or status.stuck
             ):

@@ -136,7 +136,7 @@ class Soak:
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):
-                time.sleep(_PERIOD)
+                time.sleep(_PERIOD)  # the sampling period
                 sample = _sample(self._service)
                 with self._lock:
                     if len(self._latencies) > self._order.warmup:
@@ -281,7 +281,7 @@ def _settled(service: Service, before: Traces) -> Traces:
         grown = [claim for claim in _growth(before, traces) if not claim.met]
         if not grown or time.monotonic() > deadline:
             return traces
-        time.sleep(0.2)
+        time.sleep(0.2)  # what ends late says nothing
 
 
 def _sample(service: Service) -> Sample:

@@ -31,7 +31,7 @@ def main() -> None:
     due = time.monotonic()
     for number in range(int(cycles)):
         due += rng.expovariate(rate)
-        time.sleep(max(0.0, due - time.monotonic()))
+        time.sleep(max(0.0, due - time.monotonic()))  # until the next arrival of the Poisson process
         if rng.random() < killed:
             moment = rng.uniform(0.0, 2 * _HOLD)
             threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -40,7 +40,7 @@ def main() -> None:
             print(f"{time.monotonic()} {time.monotonic() - begin}", flush=True)
             if number % _USED == 0:
                 container.run(["true"], check=True)
-            time.sleep(min(1.0, rng.expovariate(1 / _HOLD)))
+            time.sleep(min(1.0, rng.expovariate(1 / _HOLD)))  # the time that a test takes
 
 
 if __name__ == "__main__":

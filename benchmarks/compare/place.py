@@ -98,7 +98,7 @@ class Place:
             if any(daemon.poll() is not None for daemon in self._daemons) or time.monotonic() > deadline:
                 log = (self.directory / "daemon.log").read_text(encoding="utf-8", errors="replace")
                 raise LabError(f"{self._daemons[-1].args!r} does not get ready; its log ends: {log[-1000:].strip()}")
-            time.sleep(_READY_PAUSE)
+            time.sleep(_READY_PAUSE)  # these daemons tell nobody when they are ready
 
     def run(self, *argv: str) -> str:
         """Run a command of the peer's; return its output.

@@ -25,13 +25,13 @@ def measure(lab: Lab, plan: Plan) -> Outcome:
         with service.pool.lease("idle", 30) as container:
             container.run(["true"], check=True)
         service.rest()
-        time.sleep(plan.settle_seconds)
+        time.sleep(plan.settle_seconds)  # until what the commands began has ended
         inits = [info.init_pid for info in service.pool.containers() if info.init_pid is not None]
         time.sleep(plan.settle_seconds)  # and from that question too
         trees = Trees.of(service.process.pid, inits)
         groups = (trees.service, trees.helpers, trees.monitors, trees.inits)
         begin, before = time.monotonic(), [cpu_seconds(pids) for pids in groups]
-        time.sleep(plan.idle_seconds)
+        time.sleep(plan.idle_seconds)  # it is what is measured
         elapsed, after = time.monotonic() - begin, [cpu_seconds(pids) for pids in groups]
         if Trees.of(service.process.pid, inits) != trees:
             raise LabError("the service was not idle: processes have come or gone")

@@ -78,13 +78,13 @@ def measure(lab: Lab, plan: Plan) -> Outcome:
 def _level(service: Service, size: int, plan: Plan) -> Level:
     service.pool.resize(size)
     service.rest()
-    time.sleep(plan.settle_seconds)
+    time.sleep(plan.settle_seconds)  # the kernel frees late, and does not tell
     trees = Trees.of(
         service.process.pid, [info.init_pid for info in service.pool.containers() if info.init_pid is not None]
     )
     looks = []
     for _ in range(_SAMPLES):
-        time.sleep(plan.settle_seconds / _SAMPLES)
+        time.sleep(plan.settle_seconds / _SAMPLES)  # between looks that are to be independent
         looks.append(kernel_memory())
     kernel = {name: statistics.median(look[name] for look in looks) for name in _KERNEL}
     return Level(pss([*trees.service, *trees.helpers]), pss(trees.monitors), pss(trees.inits), kernel)

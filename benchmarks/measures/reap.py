@@ -79,7 +79,7 @@ def _reaping(lab: Lab, service: Service) -> Reaping:
             raise LabError("no container came free")
         service.pool.wait_ready()
         death, init = (stack.enter_context(_pidfd(pid)) for pid in (owner.pid, container.init_pid))
-        time.sleep(0.01)
+        time.sleep(0.01)  # so that all sleep when the owner dies
         owner.send_signal(signal.SIGKILL)
         select.select([death], [], [])
         return _watch(service, container, init)
@@ -98,7 +98,7 @@ def _watch(service: Service, container: Container, init: int) -> Reaping:
             ended = now
         if state is None and ended and not directory.exists() and not cgroups.container_cgroups(container.name):
             return Reaping(begun, ended, time.monotonic() - died)
-        time.sleep(_PAUSE)
+        time.sleep(_PAUSE)  # a directory and v1 cgroups that go have no event
     raise LabError(f"{container.name} is still there {elapsed:.0f} s after its owner's death")
 
 

@@ -90,10 +90,10 @@ def _ours(service: Service, clients: int, plan: Plan) -> Block:
     load = Load(service.pool, clients)
     load.start()
     try:
-        time.sleep(plan.settle_seconds)
+        time.sleep(plan.settle_seconds)  # until the load has found its pace
         cpu = processes.cpu_seconds([service.process.pid]), time.process_time()
         begin, made, removed = _balance(service, load)
-        time.sleep(plan.block_seconds)
+        time.sleep(plan.block_seconds)  # the time that is counted
         end, made_then, removed_then = _balance(service, load)
         cpu_then = processes.cpu_seconds([service.process.pid]), time.process_time()
     finally:

@@ -65,7 +65,7 @@ def _print_for_ever(pool: PoolServiceProxy, arguments: argparse.Namespace) -> No
         else:
             print("\n".join((*_picture(status, infos), "")))
         sys.stdout.flush()
-        time.sleep(arguments.interval)
+        time.sleep(arguments.interval)  # the period that was asked for
 
 
 class _Screen:

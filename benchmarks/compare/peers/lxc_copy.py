@@ -32,7 +32,7 @@ def ready(lab: Lab, image: Image) -> Iterator[Ready]:
         while len(list(base.lxcpath.iterdir())) > 1:
             if time.monotonic() > deadline:
                 raise LabError(f"ephemeral containers are not removed: {[*base.lxcpath.iterdir()]}")
-            time.sleep(_PAUSE)
+            time.sleep(_PAUSE)  # lxc-copy -e says nothing when its container is gone
 
     where = ("-P", str(base.lxcpath))
     attach = ("lxc-attach", *where, "-n", "{name}", "--clear-env", "--")
