@@ -279,6 +279,11 @@ def bridge_network(config: NetworkConfig, instance: str) -> Requirement:
         return Requirement("bridge", False, "not as it is configured", str(error))
     except BackendError as error:
         fix = "use a kernel with bridges and nftables (CONFIG_BRIDGE, CONFIG_NF_TABLES_BRIDGE, CONFIG_NFT_CONNLIMIT, …)"
+        if isinstance(error.__cause__, subprocess.TimeoutExpired):  # which says nothing of what the kernel has
+            fix = (
+                "check again when the host is less busy; if it stays so, see what holds the kernel's rules or devices: "
+                "`ps -C nft,iptables,ip,modprobe -o pid,stat,wchan:20,etime,args`"
+            )
         return Requirement("bridge", False, str(error), fix)
     return Requirement("bridge", True, f"{plan.bridge}, {plan.subnet}, resolvers {', '.join(plan.resolvers) or 'none'}")
 

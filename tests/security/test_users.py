@@ -487,7 +487,7 @@ def test_who_had_what_and_who_was_refused_what_is_in_the_trail(
 
     pid = as_member(ALICE, act)
     as_person(STRANGER, lambda: None)
-    service.reaches(reaping=0, leased=0)
+    service.reaches(size=7, reaping=0, leased=0)  # full again, so that one is too many
     service.pool.resize(3)
     trail = trail_of(caplog)
     assert {event for event, _fields in trail} == {"lease", "end", "refusal", "reap"}

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from ipaddress import IPv4Network
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from lxc_pool.config import NetworkConfig
 from lxc_pool.errors import ImageError
-from lxc_pool.host import apparmor, bridge, cgroups, requirements
+from lxc_pool.host import apparmor, bridge, cgroups, firewall, requirements
 from lxc_pool.images import busybox
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -228,6 +229,24 @@ def test_what_a_bridge_needs_is_named_with_its_package(monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     found = requirements.bridge_network(NetworkConfig(), "000000")
     assert (found.ok, found.detail, found.fix) == (False, "not found: nft", "apt-get install nftables")
+
+
+@needs_root
+@pytest.mark.parametrize(("slow", "tool"), [("nft --check -f -", firewall), ("ip -json", bridge)])
+def test_a_program_that_does_not_end_is_told_as_that_and_not_as_a_kernel_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slow: str, tool: ModuleType
+) -> None:
+    program = slow.partition(" ")[0]
+    (tmp_path / program).write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tool, "_TIMEOUT", 0.1)
+    found = requirements.bridge_network(NetworkConfig(dns=()), "000000")
+    assert not found.ok
+    assert f"`{slow}" in found.detail
+    assert "did not end within 0.1 s" in found.detail
+    assert found.fix.startswith("check again when the host is less busy")
+    assert "CONFIG" not in found.fix
 
 
 @needs_root
