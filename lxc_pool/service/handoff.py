@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from lxc_pool.errors import PoolClosed
 from lxc_pool.host.processes import ProcessIdentity
@@ -91,6 +91,10 @@ class Handoff:
         for ticket in [ticket for ticket in self._waiting.values() if ticket.owner == owner]:
             self.leave(ticket)
             self._answer(ticket, ValueError(f"owner {owner.pid} has ended"))
+
+    def owners_waiting(self) -> Iterator[ProcessIdentity]:
+        """Go through the processes that somebody waits for."""
+        return (ticket.owner for ticket in self._waiting.values())
 
     # --- what is there ------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.errors import AccessDenied, BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
@@ -89,7 +89,7 @@ class Pool:
         self._stock = Stock(config.profiles, journal, rng, wake, addresses.fits)
         self._lock = self._stock.lock
         self._leases = Leases(self._stock)
-        self._owners = Owners(self._lock, watch, self._owner_died)
+        self._owners = Owners(self._lock, watch, died=self._owner_died, needed=self._owners_in_need)
         self._warm_waits = WarmWaits(self._stock)
         self._reaper = Reaper(self._stock, self._leases, watch)
         self._sizing = Sizing(config, self._stock, self._reaper, watch, self._warm_waits.look)
@@ -137,22 +137,13 @@ class Pool:
             QuotaExceeded: The user has, or waits for, as many as it may.
             ValueError: Unknown profile, or the owner is dead.
         """
-        self._owners.hold(ticket.owner)
-        with self._lock:
-            self._config.profile(ticket.profile)
-            member = self._leases.of_request(ticket.uid, ticket.request)
-            if member is not None:
-                member.session = ticket.session
-                ticket.offer = member
-                return
-            if self._stock.closed:
-                raise PoolClosed("the service is ending: it hands out no more containers")
-            if self._stock.draining:
-                raise PoolDraining("the pool is drained; an administrator can `lxc-pool resume` it")
-            self._stock.shelves[ticket.profile].last_asked = self._watch.now()
-            self._handoff.join(ticket, quota)
-            if not ticket.answered:
-                self._stock.wake()
+        while True:
+            with self._lock:
+                # Looked at under the same lock as the rest: one that has nothing yet may be let go for others.
+                if self._owners.are_watched(ticket.owner):
+                    self._take_in(ticket, quota)
+                    return
+            self._owners.hold(ticket.owner)
 
     def withdraw(self, ticket: Ticket) -> str:
         """Take a ticket that has no offer out of the queue; return why nothing came for it, in words.
@@ -435,7 +426,29 @@ class Pool:
         """Take over what an earlier service left; before anything else is asked of the pool."""
         self._adoption.take_over(verdicts)
 
+    def _take_in(self, ticket: Ticket, quota: Quota | None) -> None:
+        """Do what `request` does, with the lock held and the owner watched."""
+        self._config.profile(ticket.profile)
+        member = self._leases.of_request(ticket.uid, ticket.request)
+        if member is not None:
+            member.session = ticket.session
+            ticket.offer = member
+            return
+        if self._stock.closed:
+            raise PoolClosed("the service is ending: it hands out no more containers")
+        if self._stock.draining:
+            raise PoolDraining("the pool is drained; an administrator can `lxc-pool resume` it")
+        self._stock.shelves[ticket.profile].last_asked = self._watch.now()
+        self._handoff.join(ticket, quota)
+        if not ticket.answered:
+            self._stock.wake()
+
     # --- deaths and times ---------------------------------------------------------------------------------------------
+
+    def _owners_in_need(self) -> Iterator[ProcessIdentity]:
+        """Go through the processes that have a lease or an offer, or wait for one; with the lock held."""
+        yield from (lease.owner for _member, lease in self._leases if lease.owner is not None)
+        yield from self._handoff.owners_waiting()
 
     def _owner_died(self, owner: ProcessIdentity) -> None:
         """End what an owner had; with the lock held."""

@@ -77,9 +77,9 @@ class Session:
         except (ProtocolError, AuthenticationFailed, TimeoutError) as error:
             self._record_refusal(error)
         except OSError as error:
-            log.info("connection of %s broke: %s", self._peer, error)
-        except Exception:  # one connection's bug must not end the service; the log has it
-            log.exception("connection of %s failed", self._peer)
+            self._log(logging.INFO, f"connection of {self._peer} broke: {error}")
+        except Exception:  # noqa: BLE001  # one connection's bug must not end the service; the log has it
+            self._log(logging.ERROR, f"connection of {self._peer} failed", with_traceback=True)
         finally:
             self._take_back_offer()
             self._channel.close()
@@ -198,10 +198,8 @@ class Session:
             reply = messages.encode_failure(error)
         except (EOFError, ProtocolError):
             raise
-        except (
-            Exception
-        ) as error:  # a shortage, or our bug: the client is told, the log has the rest, the service goes on
-            log.exception("%s of %s failed", type(call).__name__, self._peer)
+        except Exception as error:  # noqa: BLE001  # a shortage, or our bug: the client is told, the log has the rest
+            self._log(logging.ERROR, f"{type(call).__name__} of {self._peer} failed", with_traceback=True)
             reply = messages.encode_failure(as_shortage(error) or error)
         finally:
             for descriptor in descriptors:
@@ -244,6 +242,13 @@ class Session:
                 why=str(error),
                 left_out=left_out or None,
             )
+
+    def _log(self, level: int, words: str, *, with_traceback: bool = False) -> None:
+        """Write what a client has caused into the log, unless it has caused too much of late."""
+        speak, left_out = self._service.quietly.may_speak(self.uid)
+        if speak:
+            left = f" ({left_out} lines of uid {self.uid} were left out)" if left_out else ""
+            log.log(level, "%s%s", words, left, exc_info=with_traceback)
 
     def _send(self, reply: bytes) -> None:
         self._channel.deadline = time.monotonic() + MESSAGE_TIMEOUT

@@ -243,15 +243,19 @@ def test_an_administrator_lends_his_own_rights_to_anothers_container(real: Servi
         assert client.stdout.readline() == "root's private\n"
 
 
-def test_anothers_container_can_not_be_mounted_into(real: Service, pool: PoolServiceProxy, host: Path) -> None:
+def test_anothers_container_can_neither_be_mounted_into_nor_entered(
+    real: Service, pool: PoolServiceProxy, host: Path
+) -> None:
     with pool.lease("root's", timeout=30) as container:
 
-        def act() -> None:
+        def ask() -> None:
             with PoolManager.connect(real.host_dir) as hers:
-                hers.container(container.name).mount(host / "alice", "/mnt/x")
+                hers.container(container.name)
 
-        kind, _words = as_member(ALICE, act)
-        assert kind is UnknownLease
+        # In her process, what has come to her by the fork asks anew, as her.
+        for act in (ask, lambda: container.mount(host / "alice", "/mnt/x"), lambda: container.run(["true"])):
+            kind, _words = as_member(ALICE, act)
+            assert kind is UnknownLease
         assert "/mnt/x" not in sh(container, "cat /proc/self/mountinfo")
 
 

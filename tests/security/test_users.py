@@ -8,8 +8,10 @@ import grp
 import json
 import logging
 import os
+import signal
 import socket
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ from lxc_pool.errors import (
     UnknownLease,
 )
 from lxc_pool.host.processes import identify
-from lxc_pool.service import access, authkey, directories, session
+from lxc_pool.service import access, authkey, directories, owners, session
 from lxc_pool.service.fairness import Pace
 from lxc_pool.service.server import SocketListener
 from lxc_pool.service.trail import JsonFormatter
@@ -41,7 +43,7 @@ from tests.security import attackers
 from tests.security.attackers import ALICE, BOB, GROUP, STRANGER
 from tests.support import memory_service as support
 from tests.support.memory_service import SOON, MemoryService, say
-from tests.support.processes import sleeper
+from tests.support.processes import open_descriptors, sleeper
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be different users")
 
@@ -311,6 +313,31 @@ def test_quotas_bound_leases_waiters_and_connections_of_one_user_only(service: M
     assert as_member(BOB, greedy)[0] == leases
 
 
+def test_a_user_who_names_ever_more_processes_as_owners_takes_no_descriptor_for_each(
+    service: MemoryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.pool._owners, "_crowd", 16)
+    monkeypatch.setattr(owners, "_CROWD", 16)
+    service.pool.drain()  # so that none of them has anything
+    service.reaches(reaping=0)
+    before = len(open_descriptors())
+
+    def name_many() -> tuple[set[str], list[int]]:
+        pids = [subprocess.Popen(["sleep", "infinity"], stdin=subprocess.DEVNULL).pid for _ in range(80)]
+        with PoolManager.connect(service.host_dir) as pool:
+            answers = errors_of(*(lambda pid=pid: pool.get("x", 0, owner=pid) for pid in pids))
+        return set(answers), pids
+
+    answers, pids = as_member(ALICE, name_many)
+    try:
+        assert answers == {"PoolDraining"}
+        service.sessions(0)
+        assert len(open_descriptors()) <= before + 2 * 16
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture
 def nothing_warm(service: MemoryService) -> Iterator[PoolServiceProxy]:
     """Root has all containers of the default profile, and the next one hangs in its start until `go_on`."""
@@ -522,6 +549,25 @@ def test_neither_a_flood_of_refusals_nor_a_long_name_floods_the_log(
     assert 1 <= len(lines) <= 25
     assert max(map(len, lines)) < 600
     assert not any("\n" in line or "\x1b" in line for line in lines)
+
+
+def test_nor_does_whoever_breaks_connections_off_again_and_again(
+    service: MemoryService, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def vanish() -> None:
+        for _ in range(100):
+            channel = service.channel()
+            channel.send_bytes(messages.encode_call(messages.Echo("x" * 200_000)))
+            channel._socket.recv(1)
+            channel.close()  # with most of the answer unread
+
+    as_member(ALICE, vanish)
+    service.sessions(0)
+    lines = [record.getMessage() for record in caplog.records if "broke" in record.getMessage()]
+    assert 1 <= len(lines) <= 25
+    assert f"of uid {ALICE} broke" in lines[0]
 
 
 # --- one user's rate --------------------------------------------------------------------------------------------------

@@ -66,6 +66,23 @@ def test_another_key_is_refused_on_both_sides_by_the_same_error() -> None:
         assert isinstance(aside.join(), AuthenticationFailed)
 
 
+def test_a_proof_is_judged_by_a_comparison_that_tells_nothing_by_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[tuple[bytes, bytes]] = []
+
+    def deny(one: bytes, other: bytes) -> bool:
+        judged.append((one, other))
+        return False
+
+    monkeypatch.setattr(hmac, "compare_digest", deny)
+    with pair() as (service, client):
+        aside = Aside(lambda: prove_to_client(service, b"key"))
+        with pytest.raises(AuthenticationFailed):
+            prove_to_service(client, b"key")
+        assert isinstance(aside.join(), AuthenticationFailed)
+    ((proof, expected),) = judged
+    assert proof == expected  # the right one, whole: nothing else has judged it
+
+
 def test_a_service_that_does_not_hold_the_key_is_found_out_too() -> None:
     # It lets anybody in, and hopes to be believed.
     with pair() as (service, client):

@@ -670,6 +670,26 @@ def test_whoever_waits_for_an_owner_that_dies_waits_no_longer() -> None:
     assert world.pool.census().total("waiting") == 1
 
 
+def test_of_processes_that_have_nothing_only_some_are_watched_and_all_of_those_that_have() -> None:
+    world = warm_world(2)
+    world.backend.script("start", HANG)
+    leased = world.lease(pid=7).name
+    offered, waiting = world.ask(pid=8), world.ask(pid=9)
+    assert offered.offer is not None
+    for pid in range(1000, 4000):
+        world.pool.withdraw(world.ask(pid=pid))
+    assert len(world.watch.watched) < 600
+    for pid in (9, 8, 7):
+        world.watch.kill(world.process(pid))
+    assert isinstance(waiting.error, ValueError)
+    assert world.names(State.RESERVED) == []
+    assert leased not in world.names(State.LEASED)
+    # One that was let go is watched again when it comes again.
+    again = world.lease(pid=1000).name
+    world.watch.kill(world.process(1000))
+    assert again not in world.names(State.LEASED)
+
+
 def test_the_first_command_in_a_container_has_the_next_ones_made_ready_a_few_at_a_time() -> None:
     world = warm_world(8)
     ready: list[Watched] = []
