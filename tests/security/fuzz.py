@@ -38,9 +38,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from lxc_pool import PoolManager, hostdir
-from lxc_pool.config import Config
+from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.errors import LxcPoolError
 from lxc_pool.execution import launcher, protocol
+from lxc_pool.execution.agent import LAUNCH
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.host.processes import identify
 from lxc_pool.model import ContainerId
@@ -90,42 +91,46 @@ _commands = st.one_of(
     st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=3).map(lambda env: _encoded(("x",), env)),
 )
 
-CALLS: st.SearchStrategy[messages.Call] = st.one_of(
-    st.builds(messages.Hello, _numbers),
-    st.builds(messages.Echo, st.text(max_size=40)),
-    st.just(messages.GetStatus()),
-    st.just(messages.ListContainers()),
-    st.builds(messages.AwaitWarm, st.none() | _numbers, st.none() | _seconds),
-    *[
-        st.builds(
-            messages.Get,
-            _requests,
-            _ids,
-            st.just(0.0) | st.none() | _seconds,
-            st.just("default") | st.text(max_size=10),
-            st.none() | _numbers | st.just(os.getpid()),
-            st.none() | _seconds,
-        )
-    ]
-    * 3,
-    *[st.builds(messages.Confirm, _requests)] * 2,
-    st.builds(messages.Abandon, _requests),
-    st.builds(messages.Release, _names),
-    st.builds(messages.Inspect, _names),
-    st.builds(messages.Addresses, _names),
-    st.builds(messages.AwaitNetwork, _names, st.none() | _seconds),
-    st.builds(messages.ConsoleLog, _names),
-    st.builds(messages.Renew, _names, _seconds),
-    st.builds(messages.Keep, _names, _seconds),
-    *[st.builds(messages.Execute, _names, _commands)] * 2,
-    st.builds(messages.Mount, _names, st.binary(max_size=20), st.booleans()),
-    st.builds(messages.Resize, _numbers),
-    st.just(messages.Drain()),
-    st.just(messages.Resume()),
-    st.just(messages.LookForImages()),
-    st.builds(messages.Shutdown, _seconds, st.booleans()),
-)
+BY_CALL: dict[type[messages.Call], st.SearchStrategy[messages.Call]] = {
+    messages.Hello: st.builds(messages.Hello, _numbers),
+    messages.Echo: st.builds(messages.Echo, st.text(max_size=40)),
+    messages.GetStatus: st.just(messages.GetStatus()),
+    messages.ListContainers: st.just(messages.ListContainers()),
+    messages.AwaitWarm: st.builds(messages.AwaitWarm, st.none() | _numbers, st.none() | _seconds),
+    messages.Get: st.builds(
+        messages.Get,
+        _requests,
+        _ids,
+        st.just(0.0) | st.none() | _seconds,
+        st.just("default") | st.text(max_size=10),
+        st.none() | _numbers | st.just(os.getpid()),
+        st.none() | _seconds,
+    ),
+    messages.Confirm: st.builds(messages.Confirm, _requests),
+    messages.Abandon: st.builds(messages.Abandon, _requests),
+    messages.Release: st.builds(messages.Release, _names),
+    messages.Inspect: st.builds(messages.Inspect, _names),
+    messages.Addresses: st.builds(messages.Addresses, _names),
+    messages.AwaitNetwork: st.builds(messages.AwaitNetwork, _names, st.none() | _seconds),
+    messages.ConsoleLog: st.builds(messages.ConsoleLog, _names),
+    messages.Renew: st.builds(messages.Renew, _names, _seconds),
+    messages.Keep: st.builds(messages.Keep, _names, _seconds),
+    messages.Execute: st.builds(messages.Execute, _names, _commands),
+    messages.Mount: st.builds(messages.Mount, _names, st.binary(max_size=20), st.booleans()),
+    messages.Resize: st.builds(messages.Resize, _numbers),
+    messages.Drain: st.just(messages.Drain()),
+    messages.Resume: st.just(messages.Resume()),
+    messages.LookForImages: st.just(messages.LookForImages()),
+    messages.Shutdown: st.builds(messages.Shutdown, _seconds, st.booleans()),
+}
 """Every declared call."""
+
+_OFTEN = {messages.Get: 3, messages.Confirm: 2, messages.Execute: 2}
+
+CALLS: st.SearchStrategy[messages.Call] = st.one_of(
+    *(strategy for kind, strategy in BY_CALL.items() for _ in range(_OFTEN.get(kind, 1)))
+)
+"""Any of them."""
 
 _plain = st.recursive(
     st.none() | st.booleans() | _numbers | st.floats() | st.text(max_size=8) | st.binary(max_size=8),
@@ -228,6 +233,27 @@ def _encode(call: messages.Call, leased: str) -> bytes:
         return b""
 
 
+def example(kind: type[messages.Call], **known: object) -> messages.Call:
+    """Return a call of that kind, with what is *known* in its fields, and elsewhere something that they may hold."""
+    values = {}
+    for field in msgspec.structs.fields(kind):
+        fitting = (value for value in ("x", True, 1, 1.0, b"/x") if _fits(value, field.type))
+        values[field.name] = known[field.name] if field.name in known else next(fitting)
+    return kind(**values)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+EXAMPLES = tuple(map(example, BY_CALL))
+"""A call of each kind."""
+
+
 # --- the codec alone --------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +261,7 @@ def decode_everything(body: bytes) -> None:
     """Give *body* to everything that reads what others have sent; each may refuse it in its own declared way only."""
     with contextlib.suppress(ProtocolError):
         messages.decode_call(body)
-    for call in (messages.Echo("x"), messages.GetStatus(), messages.ListContainers(), messages.Confirm("r")):
+    for call in EXAMPLES:
         with contextlib.suppress(ProtocolError, LxcPoolError, TypeError, ValueError):
             messages.decode_reply(call, body)
     for decode in (protocol.decode_event, protocol.decode_order, ExecRequest.decode):
@@ -260,20 +286,18 @@ def receive_everything(data: bytes) -> None:
 
 
 class _NoLauncher(launcher.Launcher):
-    """Checks what it is given as the real one does, and starts nothing: the `containers` here are the host itself."""
+    """Checks what it is given, and starts nothing: the `containers` here are the host itself."""
 
-    def launch(
-        self, request: ExecRequest, stdio: tuple[int, int, int], control: int, init_pidfd: int, init_pid: int
-    ) -> None:
-        for descriptor in stdio:
-            launcher.check_stdio(descriptor)
-        launcher._check_control(control)
-        assert ExecRequest.decode(request.encode()) == request
+    def _send(self, operation: int, init_pid: int, body: bytes, fds: list[int]) -> None:
+        assert (operation == LAUNCH) is bool(body)
+        if body:
+            assert ExecRequest.decode(body, trusted=True).encode() == body
         assert identify(init_pid).pid == init_pid
-        os.fstat(init_pidfd)
+        for descriptor in fds:
+            os.fstat(descriptor)
 
 
-class _Complaints(logging.Handler):
+class Complaints(logging.Handler):
     """Keeps what the service logs as its own error."""
 
     def __init__(self) -> None:
@@ -287,7 +311,7 @@ class _Complaints(logging.Handler):
 class Target:
     """A server that is thrown at."""
 
-    def __init__(self, service: MemoryService, complaints: _Complaints) -> None:
+    def __init__(self, service: MemoryService, complaints: Complaints) -> None:
         self.service = service
         self.cases = 0
         self.answers: collections.Counter[str] = collections.Counter()
@@ -388,32 +412,50 @@ class Target:
 
 
 @contextlib.contextmanager
-def target() -> Iterator[Target]:
-    """Have a server to throw at, which takes its clients for a user without further rights."""
-    complaints = _Complaints()
+def served(
+    size: int, who: Callable[[], int], complaints: Complaints, profiles: tuple[ProfileConfig, ...] = ()
+) -> Iterator[MemoryService]:
+    """Have a service that takes whoever connects for user *who()*, without further rights, and starts no commands.
+
+    Afterwards it must not have had anything to complain about.
+    """
     root = logging.getLogger()
     root.addHandler(complaints)
-    user = Peer(identify(os.getpid()), USER, USER, frozenset({0}), "fuzz", is_admin=False)
+    process = identify(os.getpid())
     config = functools.partial(Config, max_calls=1_000_000)
-    with (
-        # Not with return_value: a Mock remembers each of its calls.
-        mock.patch.object(Policy, "peer_of", lambda _policy, _sock: user),  # noqa: PT008
-        mock.patch.object(Policy, "require_user", lambda _policy, _peer: None),  # noqa: PT008
-        mock.patch.object(support, "Config", config),
-        support.memory_service(3) as service,
-    ):
-        service.service._launcher = _NoLauncher()
-        service.reaches(size=3)
+
+    def peer_of(_policy: Policy, _sock: socket.socket) -> Peer:
+        return Peer(process, who(), who(), frozenset({0}), "fuzz", is_admin=False)
+
+    try:
+        with (
+            # Not with return_value: a Mock remembers each of its calls.
+            mock.patch.object(Policy, "peer_of", peer_of),
+            mock.patch.object(Policy, "require_user", lambda _policy, _peer: None),  # noqa: PT008
+            mock.patch.object(support, "Config", config),
+            support.memory_service(size, profiles=profiles) as service,
+        ):
+            service.service._launcher = _NoLauncher()
+            service.reaches(size=size)
+            yield service
+            for info in service.pool.containers(None):
+                with contextlib.suppress(LxcPoolError):
+                    service.pool.release(info.name, None)
+    finally:
+        root.removeHandler(complaints)
+    assert not complaints.found
+
+
+@contextlib.contextmanager
+def target() -> Iterator[Target]:
+    """Have a server to throw at, which takes its clients for a user without further rights."""
+    complaints = Complaints()
+    with served(3, lambda: USER, complaints) as service:
         it = Target(service, complaints)
         try:
             yield it
         finally:
             it.close()
-            for info in service.pool.containers(None):
-                with contextlib.suppress(LxcPoolError):
-                    service.pool.release(info.name, None)
-    root.removeHandler(complaints)
-    assert not complaints.found
 
 
 def keep(case: Case, leased: str = "x") -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -24,6 +25,10 @@ short = settings(
 def target() -> Iterator[Target]:
     with fuzz.target() as target:
         yield target
+
+
+def test_every_declared_call_is_thrown() -> None:
+    assert set(fuzz.BY_CALL) == set(get_args(messages.AnyCall))
 
 
 @given(st.binary(max_size=200) | fuzz._wrong_calls | fuzz._commands)
