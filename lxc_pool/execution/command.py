@@ -139,9 +139,7 @@ class Command:
         if fd >= 0:
             self._take_master(fd)
         if not data:
-            self._loop.forget(self._report.fileno())
-            self._report.close()
-            self._entering = False
+            self._close_report()
             if self._pid and self._failure is None:
                 self._tell_started()
             self._advance()
@@ -155,13 +153,38 @@ class Command:
         if isinstance(event, Failed):
             self._failure = event
         elif isinstance(event, Started) and not self._pid:
-            pidfd = os.pidfd_open(event.pid)
-            # a privileged container's root can trace the command before its execve, and write here: children only
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            self._pid, self._pidfd = event.pid, pidfd
-            self._loop.watch(pidfd, self._on_exit)
-            if self._doomed:
-                self._signal(signal.SIGKILL)
+            self._hold(event.pid)
+
+    def _hold(self, pid: int) -> None:
+        """Hold on to the main process; one that there is no descriptor for is ended."""
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except OSError:  # not ours: a privileged container's root can trace what enters, and write here
+            return
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as exc:
+            self._failure = Failed(exc.errno or 0, "enter", f"the command can't be watched: {exc}")
+            self._end_unheld(pid)
+            return
+        self._pid, self._pidfd = pid, pidfd
+        self._loop.watch(pidfd, self._on_exit)
+        if self._doomed:
+            self._signal(signal.SIGKILL)
+
+    def _end_unheld(self, pid: int) -> None:
+        """End a command by the pid of its main process: nobody else can have that before it is reaped here."""
+        self._withdraw()
+        self._close_report()  # there may be no other descriptor for the work
+        os.kill(pid, signal.SIGKILL)
+        if self._kill_tree():
+            os.waitpid(pid, 0)
+        self._advance()
+
+    def _close_report(self) -> None:
+        self._loop.forget(self._report.fileno())
+        self._report.close()
+        self._entering = False
 
     def _take_master(self, fd: int) -> None:
         """Keep the master of the command's terminal for the client, if it is one and the first."""
@@ -241,7 +264,8 @@ class Command:
             return Exited(-signal.SIGKILL)
         return Failed(errno.ESRCH, "enter", "the container ended, or the way into it was cut off")
 
-    def _kill_tree(self) -> None:
+    def _kill_tree(self) -> bool:
+        """Kill all of it; return whether that is done."""
         self._killed = True
         self._withdraw()
         self._signal(signal.SIGKILL)  # a privileged container's root may have left the cgroup
@@ -249,6 +273,8 @@ class Command:
             text = f"killed processes are still there after {KILL_TIMEOUT:g} s: is the container frozen?"
             self._failure = Failed(errno.EBUSY, "kill", text)
             self._tell(self._failure)
+            return False
+        return True
 
     def _withdraw(self) -> None:
         if self._entering:

@@ -125,6 +125,7 @@ class Supervisor:
 
     def _launch(self, request: bytes, fds: list[int], control: socket.socket) -> None:
         """Send a command in; closes *fds*, and *control* when the command is done."""
+        cgroup: cgroups.CommandCgroup | None = None
         try:
             where, requests = self._send_usher()
             self._count += 1
@@ -139,6 +140,8 @@ class Supervisor:
             self._commands.append(command)
         except OSError as exc:
             failure = _not_entered(exc)
+            if cgroup is not None:
+                cgroup.remove()
             with control, contextlib.suppress(OSError):
                 control.send(failure.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         else:
@@ -162,12 +165,19 @@ class Supervisor:
         """
         if self._usher is None or self._where is None:
             self._where = cgroups.membership(self._container.init_pid, self._mounts)
-            self._usher, other = packets.pair()
-            pid = os.fork()
-            if not pid:
-                usher(other, self._container.init_pid, self._container.pidfd, self._where)
-            other.close()
-            self._usher_pidfd = os.pidfd_open(pid)
+            ours, other = packets.pair()
+            with other:
+                pid = os.fork()
+                if not pid:
+                    usher(other, self._container.init_pid, self._container.pidfd, self._where)
+            try:
+                self._usher_pidfd = os.pidfd_open(pid)
+            except OSError:
+                ours.close()
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
+            self._usher = ours
             self._loop.watch(self._usher_pidfd, self._dismiss_usher)
         return self._where, self._usher
 

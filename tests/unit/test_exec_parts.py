@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -20,7 +21,8 @@ from lxc_pool.client.process import Process
 from lxc_pool.client.stdio import Streams
 from lxc_pool.errors import ExecFailed
 from lxc_pool.execution import entry, packets
-from lxc_pool.execution.cgroups import CommandCgroup, Membership, parse_mounts, plan
+from lxc_pool.execution.cgroups import CommandCgroup, Membership, mounted, parse_mounts, plan
+from lxc_pool.execution.command import Command, Loop
 from lxc_pool.execution.confinement import Confinement
 from lxc_pool.execution.launcher import Launcher
 from lxc_pool.execution.protocol import (
@@ -33,6 +35,7 @@ from lxc_pool.execution.protocol import (
     decode_event,
     decode_order,
 )
+from lxc_pool.execution.supervisor import Container, Supervisor
 from tests.support.descriptors import few_descriptors
 from tests.support.recorded_layouts import LAYOUTS, Host
 
@@ -160,6 +163,60 @@ def test_processes_that_there_are_too_few_descriptors_for_are_killed_bit_by_bit(
             assert cgroup.kill(10)
         kernel.join(10)
     assert not living
+
+
+def test_a_command_that_can_not_be_watched_is_ended_and_its_supervisor_goes_on(tmp_path: Path) -> None:
+    cgroup = CommandCgroup(str(tmp_path), "command")
+    cgroup.create()
+    (tmp_path / "command" / "cgroup.procs").touch()
+    client, control = packets.pair()
+    ushers, report = packets.pair()
+    with client, ushers, subprocess.Popen(["sleep", "1000"]) as main:
+        loop = Loop()
+        command = Command(loop, cgroup, control, report)
+        ushers.send(Started(main.pid).encode())
+        with few_descriptors(0):
+            loop.turn()
+        event = decode_event(client.recv(4096))
+        assert isinstance(event, Failed)
+        assert (event.errno, event.stage) == (errno.EMFILE, "enter")
+        assert command.done
+        with pytest.raises(ChildProcessError):
+            os.waitpid(main.pid, os.WNOHANG)
+
+
+@pytest.mark.parametrize("pid", [0, 1])
+def test_a_pid_that_is_no_child_is_no_commands(tmp_path: Path, pid: int) -> None:
+    client, control = packets.pair()
+    ushers, report = packets.pair()
+    with client, ushers:
+        loop = Loop()
+        command = Command(loop, CommandCgroup(str(tmp_path), "command"), control, report)
+        ushers.send(Started(pid).encode())
+        loop.turn()
+        ushers.close()
+        loop.turn()
+        assert isinstance(decode_event(client.recv(4096)), Failed)
+        assert command.done
+
+
+def test_an_usher_that_can_not_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linger(*_arguments: object) -> None:
+        time.sleep(1000)
+
+    def refuse(_pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    orders, its = packets.pair()
+    with orders, its:
+        waiting = Supervisor(Container(os.getpid(), -1), mounted(), its)
+        monkeypatch.setattr("lxc_pool.execution.supervisor.usher", linger)
+        monkeypatch.setattr("os.pidfd_open", refuse)
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            waiting._send_usher()
+        waiting._dismiss_usher()
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
 
 
 def test_a_used_cgroup_is_not_removed(tmp_path: Path) -> None:
