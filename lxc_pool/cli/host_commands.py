@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 import logging
 import logging.handlers
 import os
@@ -117,7 +118,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     backend = LxcBackend(state_dir, configuration.id_base)
 
     def ready(socket_path: str) -> None:
-        print(f"ready {socket_path}", flush=True)
+        # A line in either case: whoever waits for it reads one.
+        document = {"running": True, "socket_path": socket_path, "pid": os.getpid()}
+        print(json.dumps(document) if arguments.json else f"ready {socket_path}", flush=True)
         systemd.notify_ready(notify_socket)
 
     listener = _log_to_stderr(logging.DEBUG if arguments.verbose else logging.INFO, as_json=arguments.log_json)

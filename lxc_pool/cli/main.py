@@ -27,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     runs_a_command = arguments.command in ("run", "exec")
+    if runs_a_command and arguments.json:
+        parser.error(
+            f"`{arguments.command}` prints what its command does, and no JSON document: "
+            "leave --json out, or put `--` before the command if it is the command's"
+        )
     try:
         status: int = arguments.function(arguments)
         sys.stdout.flush()

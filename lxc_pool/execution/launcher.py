@@ -8,8 +8,10 @@ commands go on without agent and service.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -209,14 +211,17 @@ class Launcher:
     def _end_agent(self, timeout: float) -> None:
         """Let the agent end by closing its connection; kill it if it has not after *timeout* seconds."""
         agent, connection, self._agent, self._connection = self._agent, self._connection, None, None
-        if connection is not None:
-            connection.close()
-        if agent is not None:
-            try:
-                agent.wait(timeout)
-            except subprocess.TimeoutExpired:
+        if agent is None or connection is None:
+            return
+        with connection:
+            with contextlib.suppress(OSError):  # it has ended
+                connection.shutdown(socket.SHUT_WR)
+            # Popen.wait with a timeout would sleep: up to 50 ms longer than the agent takes.
+            poller = select.poll()
+            poller.register(connection, 0)  # for POLLHUP: its end is closed by its end
+            if not poller.poll(timeout * 1000):
                 agent.kill()
-                agent.wait()
+        agent.wait()
 
 
 def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:

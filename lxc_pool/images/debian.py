@@ -62,6 +62,13 @@ _STEPS = {
 }
 """How much is done when mmdebstrap 1.3 says that it begins with this; measured."""
 
+_FETCHED_STEP = 10
+"""Packages that are fetched between two lines that say so."""
+
+# Source: dpkg(1), --log: `DATE TIME install PACKAGE OLD NEW`, `DATE TIME configure PACKAGE VERSION VERSION`.
+_UNPACKING = re.compile(rb"^\S+ \S+ install ", re.MULTILINE)
+_CONFIGURING = re.compile(rb"^\S+ \S+ configure ", re.MULTILINE)
+
 _SUITE = re.compile(r"[a-z][a-z0-9._-]*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.:~=/-]*")
 _MIRROR = re.compile(r"[a-z][a-z0-9+.-]*:/[^\s\[\]]+")
@@ -152,14 +159,19 @@ class Recipe:
 
 
 class _Steps:
-    """How far mmdebstrap is: which step it says that it begins with, and within that, the packages that are there."""
+    """How far mmdebstrap is: which step it says that it begins with, and within that, what has become of the packages.
+
+    They are fetched first, of which nobody knows the number until they are there; then dpkg unpacks them all, and
+    configures them, which takes as long. Its log says how far it is.
+    """
 
     def __init__(self, rootfs: Path, report: Report) -> None:
         self._rootfs = rootfs
         self._report = report
         self._words = "starting"
         self._begin, self._end, self._done = 0.0, 0.0, 0.0
-        self._before, self._wanted = 0, 0
+        self._before, self._wanted = (0, 0), 0
+        self._fetched = 0
         self._milestones = Milestones()
 
     def heard(self, line: str) -> None:
@@ -171,28 +183,43 @@ class _Steps:
         if begin is not None:
             self._begin = self._done = begin
             self._end = min((done for done in _STEPS.values() if done > begin), default=begin)
-            self._before, self._wanted = self._installed(), 0
+            self._before, self._wanted = self._logged(), 0
+            self._fetched = self._archives()
             self._milestones = Milestones()
         self._report(Milestone(self._words, self._done))
 
     def look(self) -> None:
         """Look at what is there by now."""
-        self._wanted = max(self._wanted, _count(self._rootfs / "var/cache/apt/archives", ".deb"))
-        there = self._installed() - self._before
-        if self._end > self._begin and 0 < there <= self._wanted and self._milestones.is_due(there / self._wanted):
-            self._done = self._begin + (self._end - self._begin) * there / self._wanted
-            self._report(Milestone(f"{self._words}: {there} of {self._wanted} packages", self._done))
+        fetched = self._archives()
+        self._wanted = max(self._wanted, fetched)
+        unpacked, configured = (now - before for now, before in zip(self._logged(), self._before, strict=True))
+        part = (unpacked + configured) / (2 * self._wanted) if self._wanted else 0.0
+        if self._end > self._begin and 0 < part <= 1:
+            if self._milestones.is_due(part):
+                self._done = self._begin + (self._end - self._begin) * part
+                self._tell(f"{unpacked} of {self._wanted} packages unpacked, {configured} configured")
+        elif fetched >= self._fetched + _FETCHED_STEP:
+            self._fetched = fetched
+            self._tell(f"{fetched} packages fetched")
 
-    def _installed(self) -> int:
-        return _count(self._rootfs / "var/lib/dpkg/info", ".list")
+    def _tell(self, words: str) -> None:
+        self._report(Milestone(f"{self._words}: {words}", self._done))
 
+    def _archives(self) -> int:
+        """Return how many packages are there to be installed; 0 if there is no such directory."""
+        try:
+            names = os.listdir(self._rootfs / "var/cache/apt/archives")
+        except OSError:
+            return 0
+        return sum(name.endswith(".deb") for name in names)
 
-def _count(directory: Path, suffix: str) -> int:
-    """Return how many files there are with that suffix; 0 if there is no such directory."""
-    try:
-        return sum(1 for name in os.listdir(directory) if name.endswith(suffix))
-    except OSError:
-        return 0
+    def _logged(self) -> tuple[int, int]:
+        """Return how many packages dpkg has begun to unpack, and to configure; none if there is no log."""
+        try:
+            log = (self._rootfs / "var/log/dpkg.log").read_bytes()
+        except OSError:
+            return 0, 0
+        return len(_UNPACKING.findall(log)), len(_CONFIGURING.findall(log))
 
 
 def host_suite(os_release: Path = _OS_RELEASE) -> str | None:

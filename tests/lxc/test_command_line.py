@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,9 @@ from typing import Any
 import pytest
 
 from lxc_pool import PoolServiceProxy
+from lxc_pool.cli import main as cli_main
+from lxc_pool.cli.main import main
+from lxc_pool.images.store import ImageStore
 from tests.support.processes import sleeper
 from tests.support.real_service import ROOT, Service
 from tests.support.starter import Starter
@@ -202,6 +207,64 @@ def test_get_says_when_nothing_came_free(service: Service, starter: Starter) -> 
         done = service.cli("get", "--timeout", "0", "--owner", str(os.getpid()))
     assert (done.returncode, done.stdout) == (1, "")
     assert "no container came free" in done.stderr
+
+
+# --- for programs ----------------------------------------------------------------------------------------------------
+
+ELSEWHERE = {"serve", "top", "run", "exec"}
+"""What prints another thing than one document at its end: unit/test_cli and unit/test_top say what."""
+
+
+def commands_in(parser: argparse.ArgumentParser, prefix: str = "") -> set[str]:
+    """Return every command of a parser, with those of its groups."""
+    found: set[str] = set()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                found |= commands_in(below, f"{prefix}{name} ")
+    return found or {prefix.strip()}
+
+
+def test_every_command_prints_one_document(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = service.start(size=1)
+    pool.wait_ready()
+    state = ("--state-dir", service.state_dir)
+    source = tmp_path / "source"
+    shutil.copytree(ImageStore(service.state_dir / "images").list()[0].rootfs, source, symlinks=True)
+    said: dict[str, object] = {}
+
+    def ask(command: str, *arguments: object) -> Any:
+        capsys.readouterr()
+        status = main(["--host-dir", str(service.host_dir), *command.split(), *map(str, arguments), "--json"])
+        printed = capsys.readouterr()
+        assert status == 0, (command, printed)
+        said[command] = json.loads(printed.out)
+        return said[command]
+
+    ask("setup", "--dry-run", "--root", tmp_path)
+    ask("check", *state)
+    with sleeper() as owner:
+        name = ask("get", "--owner", owner.pid)["name"]
+        assert ask("logs", name) == {"name": name, "console": ""}
+        assert ask("release", name) == {"name": name, "released": True}
+    ask("resize", 2)
+    assert ask("wait")["size"] == 2
+    ask("status")
+    assert len(ask("ls")) == 2
+    ask("drain")
+    ask("resume")
+    assert ask("image build", "busybox", *state)["name"] == "busybox"
+    assert ask("image import", "other", source, *state)["name"] == "other"
+    ask("image ls", *state)
+    assert {image["ok"] for image in ask("image verify", *state)} == {True}
+    assert [image["name"] for image in ask("image rm", "other", *state)] == ["other"]
+    assert ask("audit", *state) == {"clean": True, "findings": []}
+    assert ask("stop") == {"running": False}
+    assert ask("cleanup", *state)["clean"]
+    service.wait()
+    assert said.keys() | ELSEWHERE == commands_in(cli_main._parser())
 
 
 # --- the host --------------------------------------------------------------------------------------------------------

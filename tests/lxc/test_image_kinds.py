@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -144,7 +145,7 @@ def test_a_terminal_is_shown_a_bar(service: Service, tmp_path: Path) -> None:
 
 
 def build_debian(service: Service) -> subprocess.Popen[str]:
-    """Start a real build, and wait until it installs packages, with /proc and others mounted for them."""
+    """Start a real build, and wait until it counts the packages that it installs, with /proc mounted for them."""
     build = subprocess.Popen(
         [sys.executable, "-m", "lxc_pool", "image", "build", "debian", "--state-dir", service.state_dir],
         cwd=ROOT,
@@ -158,7 +159,7 @@ def build_debian(service: Service) -> subprocess.Popen[str]:
     said = []
     for line in build.stderr:
         said.append(line)
-        if "installing essential" in line:
+        if re.search(r"installing essential packages: [1-9]\d* of \d+ packages unpacked, \d+ configured", line):
             return build
     build.wait()
     build.stderr.close()

@@ -15,6 +15,7 @@ import pytest
 
 from lxc_pool import LeaseExpired, PoolClosed, PoolManager, PoolTimeout, ServiceUnavailable, State
 from tests.support.real_service import ROOT, Service
+from tests.support.sleeps import Sleeps
 from tests.support.starter import Starter
 from tests.support.waiting import ends, eventually, pidfd
 
@@ -53,6 +54,31 @@ def test_systemd_hears_when_it_accepts_connections(
         children = [pid for pid in service.marked() if pid != service.pid]
         assert children
         assert all(b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes() for pid in children)
+
+
+def test_neither_beginning_nor_end_sleeps_in_any_of_its_processes(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeps = Sleeps(tmp_path)
+    for name, value in sleeps.environment.items():
+        monkeypatch.setenv(name, value)
+    pool = service.start(size=2)
+    pool.wait_ready()
+    with pool.lease("x") as container:
+        container.run(["true"], check=True)
+        container.push(__file__, "/tmp/file")
+    service.stop()
+    programs = sleeps.programs()
+    for program in ("'serve'", "multiprocessing.forkserver", "lxc_pool.execution.agent"):
+        assert [line for line in programs.values() if program in line], f"{program} was not looked at"
+    # An init that is about to be executed, and a program whose output has ended, are looked at again in a millisecond.
+    brief = ("lxc.engine._await_init", "subprocess._communicate < subprocess.communicate < subprocess.run")
+    found = [
+        f"{callers}: {seconds:g} s"
+        for callers, seconds in sleeps.slept()
+        if seconds > 0.002 or not any(words in callers for words in brief)
+    ]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -143,8 +169,9 @@ def test_a_grace_that_is_over_ends_the_leases(service: Service) -> None:
 
 def test_shutdown_returns_to_all_who_ask_once_the_service_has_really_ended(service: Service) -> None:
     service.start(size=2).wait_ready()
+    pools = [service.connect() for _ in range(3)]  # before the first one ends it
     with ThreadPoolExecutor() as threads, pidfd(service.pid) as process:
-        asked = [threads.submit(service.connect().shutdown) for _ in range(3)]
+        asked = [threads.submit(pool.shutdown) for pool in pools]
         next(as_completed(asked)).result(30)
         assert ends(process, timeout=0)
         service.assert_clean()

@@ -307,6 +307,20 @@ def test_a_command_ends_as_it_would_in_a_shell(
     assert ran == [["cmd", "--json", "-x"]] * 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("run", "--json", "--", "cmd"), ("--json", "exec", "x", "--", "cmd"), ("run", "cmd", "--json")],
+    ids=" ".join,
+)
+def test_a_commands_own_output_is_no_document_and_json_is_refused_before_a_lease(
+    service: MemoryService, lxc_pool: Terminal, words: tuple[str, ...]
+) -> None:
+    del service
+    assert lxc_pool.run(*words) == 2
+    assert "prints what its command does, and no JSON document: leave --json out" in lxc_pool.err
+    assert lxc_pool.out == ""
+
+
 # --- administration ---------------------------------------------------------------------------------------------------
 
 
@@ -441,6 +455,10 @@ def test_serve_prints_where_it_is_ready_and_serves_what_it_was_told_to(
     monkeypatch.chdir(tmp_path)
     assert lxc_pool.run("serve", "--size", 3, "--state-dir", "state", "--host-dir", "host") == 0
     assert lxc_pool.out == "ready /the/socket\n"
+    assert lxc_pool.run("serve", "--json", "--state-dir", "state", "--host-dir", "host") == 0
+    assert lxc_pool.document() == {"running": True, "socket_path": "/the/socket", "pid": os.getpid()}
+    assert lxc_pool.out.count("\n") == 1  # a pipe's reader knows that it has all of it
+    assert lxc_pool.run("serve", "--size", 3, "--state-dir", "state", "--host-dir", "host") == 0
     assert (served["size"], served["state_dir"], served["host_dir"]) == (3, tmp_path / "state", tmp_path / "host")
     assert lxc_pool.run("serve", "--size", 0, "--state-dir", tmp_path) == 2
     assert lxc_pool.run("serve", "--config", tmp_path / "nope.toml", "--state-dir", tmp_path) == 2

@@ -259,21 +259,25 @@ def test_without_mmdebstrap_it_is_said_what_to_install(tmp_path: Path, monkeypat
 
 
 def test_each_step_is_told_with_how_far_it_is_and_packages_are_counted(tmp_path: Path) -> None:
-    archives, info = tmp_path / "var/cache/apt/archives", tmp_path / "var/lib/dpkg/info"
+    archives, log = tmp_path / "var/cache/apt/archives", tmp_path / "var/log/dpkg.log"
     said: list[str] = []
     steps = debian._Steps(tmp_path, said.append)
     steps.look()
     steps.heard("I: downloading packages with apt...")
-    for directory in (archives, info):
-        directory.mkdir(parents=True)
-    for name in ("a.deb", "b.deb", "c.deb", "d.deb"):
-        (archives / name).touch()
-    (info / "before.list").touch()
-    steps.heard("I: installing remaining packages inside the chroot...")
     steps.look()
-    for name in ("a.list", "b.list", "a.md5sums"):
-        (info / name).touch()
-    (archives / "a.deb").unlink()  # as apt does with what it has installed
+    for directory in (archives, log.parent):
+        directory.mkdir(parents=True)
+    log.write_text("2026-11-24 20:00:00 install of-the-step-before:all <none> 1\n")
+    steps.heard("I: installing remaining packages inside the chroot...")
+    for fetched in (4, 11, 20):
+        for number in range(fetched):
+            (archives / f"{number}.deb").touch()
+        (archives / "lock").touch()
+        steps.look()
+    with log.open("a") as file:
+        for action in (*["install"] * 20, *["configure"] * 10):
+            file.write(f"2026-11-24 20:00:01 {action} a:amd64 1 1\n2026-11-24 20:00:01 status {action}ed a:amd64 1\n")
+    (archives / "0.deb").unlink()  # as apt does with what it has installed
     steps.heard("a line of apt's")
     steps.look()
     steps.look()
@@ -281,8 +285,12 @@ def test_each_step_is_told_with_how_far_it_is_and_packages_are_counted(tmp_path:
     assert [(str(line), line.done) for line in said if isinstance(line, Milestone)] == [
         ("downloading packages with apt", 0.06),
         ("installing remaining packages inside the chroot", 0.64),
-        ("installing remaining packages inside the chroot: 2 of 4 packages", pytest.approx(0.80)),
-        ("something that nobody knows", pytest.approx(0.80)),
+        ("installing remaining packages inside the chroot: 11 packages fetched", 0.64),
+        (
+            "installing remaining packages inside the chroot: 20 of 20 packages unpacked, 10 configured",
+            pytest.approx(0.88),
+        ),
+        ("something that nobody knows", pytest.approx(0.88)),
     ]
 
 
