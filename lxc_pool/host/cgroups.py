@@ -129,10 +129,29 @@ def container_cgroups(
     return tuple(path for path, _match in _matching(pattern, trees, memberships))
 
 
-def payload_cgroups(name: str, trees: Sequence[Hierarchy] | None = None) -> tuple[Path, ...]:
-    """Return the cgroup of the running container *name* in each hierarchy, as liblxc names it at first."""
-    found = (tree.mount_point / f"lxc.payload.{name}" for tree in (hierarchies() if trees is None else trees))
-    return tuple(path for path in found if path.is_dir())
+def payload_cgroups(
+    name: str, trees: Sequence[Hierarchy] | None = None, membership: str | None = None
+) -> tuple[Path, ...]:
+    """Return the cgroup of the running container *name* in each hierarchy, as liblxc names it at first.
+
+    It is in the root, or below PID 1's own cgroup: in a pid namespace, that can be any.
+
+    Args:
+        name: The container's name.
+        trees: Where to look; None takes the host's.
+        membership: The text of PID 1's `/proc/1/cgroup`; None reads it if it is needed.
+
+    Raises:
+        OSError: /proc can't be read.
+    """
+    if trees is None:
+        trees = hierarchies()
+    directory = f"lxc.payload.{name}"
+    found = tuple(path for tree in trees if (path := tree.mount_point / directory).is_dir())
+    if len(found) == len(trees):
+        return found
+    bases = _bases(trees, (_read("/proc/1/cgroup") if membership is None else membership,))
+    return tuple(path for base in bases if (path := base / directory).is_dir())
 
 
 def cgroups_by_container(prefix: str) -> tuple[tuple[str, Path], ...]:

@@ -142,6 +142,13 @@ def test_cgroups_below_the_starters_own_are_found_too(tmp_path: Path) -> None:
     assert set(cgroups.container_cgroups("c", trees, memberships)) == wanted
 
 
+def test_a_running_containers_cgroups_are_found_where_pid_1_is(tmp_path: Path) -> None:
+    trees = (Hierarchy(tmp_path / "memory", ("memory",), 1), Hierarchy(tmp_path / "unified", (), 2))
+    wanted = {tmp_path / "memory/job/lxc.payload.c", tmp_path / "unified/lxc.payload.c"}
+    make(*wanted, tmp_path / "memory/lxc.payload.d", tmp_path / "unified/job")
+    assert set(cgroups.payload_cgroups("c", trees, "2:memory:/job\n0::/init.scope\n")) == wanted
+
+
 def test_own_cgroups_are_taken_relative_to_what_is_mounted(tmp_path: Path) -> None:
     make(tmp_path / "job/lxc.payload.c")
     tree = Hierarchy(tmp_path, (), 2, root="/docker/x")

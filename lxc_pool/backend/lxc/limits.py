@@ -76,7 +76,7 @@ def seal(profile: ProfileConfig, directories: Iterable[Path], trees: Iterable[cg
         hierarchy = _hierarchy(directory)
         if hierarchy.version == 2:
             (directory / "cgroup.max.descendants").write_text(str(_MOST_CGROUPS), encoding="ascii")
-        elif directory.parent not in spared:
+        elif spared.isdisjoint(directory.parents):
             _take(directory)
         for file in hierarchy.swap:
             _overwrite(directory / file, str(0 if file == _SWAP else profile.memory))
