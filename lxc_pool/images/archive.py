@@ -140,12 +140,15 @@ def _bytes(name: str) -> bytes:
 class _Member(tarfile.TarInfo):
     """A header that is refused when it is unreasonable, and that tells the end of an archive from damage."""
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        member = super().frombuf(buf, encoding, errors)
-        if member.type in _HEADERS and not 0 <= member.size <= _MOST_HEADER:
-            raise ImageError(f"a header claims {member.size} bytes")
-        return member
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        """Look at a header before anything behind it is read.
+
+        Source: CPython Lib/tarfile.py: "The entry point is _proc_member() which can be overridden in a subclass". Newer
+        releases, Debian's python3.11 3.11.2-6+deb12u9 among them, pass over an override of `frombuf`.
+        """
+        if self.type in _HEADERS and not 0 <= self.size <= _MOST_HEADER:
+            raise ImageError(f"a header claims {self.size} bytes")
+        return cast("tarfile.TarInfo", super()._proc_member(tarfile_))  # type: ignore[misc]  # the stubs lack it
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Member:

@@ -95,13 +95,10 @@ as_root() {
     exec sudo -- env "${pass[@]}" "$BASH" "$0" "$@"
 }
 
-# Give files that root made in the caller's tree back to the caller, if sudo was used.
+# Give what root made in the caller's tree (environments, caches) back to the caller, if sudo was used.
 give_back() {
-    [ -n "${SUDO_UID:-}" ] || return 0
-    local path
-    for path in "$@"; do
-        [ ! -e "$path" ] || chown -R -h "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" "$path" || true
-    done
+    [ -n "${SUDO_UID:-}" ] && [ "$(stat -c %u "$root")" = "$SUDO_UID" ] || return 0
+    find "$root" -xdev -user 0 -exec chown -h "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" {} + || true
 }
 
 # Exit 2 with a list of what is needed, unless this is a distribution whose packages we know.

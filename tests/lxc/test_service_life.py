@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from lxc_pool import LeaseExpired, PoolClosed, PoolManager, PoolTimeout, ServiceUnavailable, State
+from lxc_pool.host import cgroups
 from tests.support.real_service import ROOT, Service
 from tests.support.sleeps import Sleeps
 from tests.support.starter import Starter
@@ -79,6 +83,47 @@ def test_neither_beginning_nor_end_sleeps_in_any_of_its_processes(
         if seconds > 0.002 or not any(words in callers for words in brief)
     ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.host
+def test_it_serves_in_a_pid_namespace_whose_init_is_in_a_cgroup_of_its_own(service: Service) -> None:
+    """There liblxc makes containers' cgroups below that one, where the hierarchy is of version 1."""
+    memory = next((tree for tree in cgroups.hierarchies() if "memory" in tree.controllers), None)
+    if memory is None:
+        pytest.skip("needs a version 1 hierarchy: in one of version 2, a cgroup with processes gives no controllers")
+    cgroup = memory.mount_point / f"lxc-pool-test-{os.getpid()}"
+    script = """
+        echo 0 >"$1/cgroup.procs"
+        shift
+        host_dir=$1 state_dir=$2 config=$3
+        shift 3
+        "$@" --host-dir "$host_dir" serve --state-dir "$state_dir" --config "$config" --size 1 | {
+            read -r ready socket
+            "$@" --host-dir "$host_dir" run -- hostname
+            "$@" --host-dir "$host_dir" stop
+        }
+    """
+    service.config_path.touch()
+    places = map(str, (cgroup, service.host_dir, service.state_dir, service.config_path))
+    cgroup.mkdir()
+    try:
+        done = subprocess.run(
+            ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script, "init"]
+            + [*places, sys.executable, "-m", "lxc_pool"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert re.match(r"lxp-[0-9a-f]{6}-", done.stdout), done.stderr
+        # liblxc's own: it moves a monitor that ends there.
+        assert {path.name for path in cgroup.iterdir() if path.is_dir()} <= {"lxc.pivot"}
+    finally:
+        for path in (cgroup / "lxc.pivot", cgroup):
+            with contextlib.suppress(FileNotFoundError):
+                path.rmdir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -202,6 +202,21 @@ def test_install_that_failed_is_taken_again(project: Path) -> None:
     assert installs(project) == 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: files get other owners")
+@pytest.mark.parametrize("theirs", [True, False])
+def test_what_root_made_in_the_callers_tree_is_given_back(project: Path, tmp_path: Path, theirs: bool) -> None:
+    (project / "pyproject.toml").unlink()
+    (project / "pyproject.toml").symlink_to("/etc/hostname")
+    (tmp_path / "beside").touch()
+    files = (*project.rglob("*"), project)
+    if theirs:
+        os.chown(project, 4711, 4712)
+    environment = {"SUDO_UID": "4711", "SUDO_GID": "4712"}
+    assert bash("give_back; give_back", project, **environment).returncode == 0
+    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in files} == {(4711, 4712) if theirs else (0, 0)}
+    assert {path.stat().st_uid for path in (tmp_path, tmp_path / "beside", Path("/etc/hostname"))} == {0}
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A copy of the scripts on a machine with everything but Python 3.12 and 3.13, and a tox that fails py311."""
