@@ -104,12 +104,12 @@ def test_it_serves_in_a_pid_namespace_whose_init_is_in_a_cgroup_of_its_own(servi
         }
     """
     service.config_path.touch()
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script, "init"]
     places = map(str, (cgroup, service.host_dir, service.state_dir, service.config_path))
     cgroup.mkdir()
     try:
         done = subprocess.run(
-            ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script, "init"]
-            + [*places, sys.executable, "-m", "lxc_pool"],
+            [*unshare, *places, sys.executable, "-m", "lxc_pool"],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -40,7 +40,8 @@ class Typist:
         self._before = termios.tcgetattr(self._slave)
         self.shown = b""
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command],
+            # As at a login, whatever those who started the tests ignore: nohup, a shell's background.
+            ["setsid", "--ctty", "env", "--default-signal=HUP,INT,QUIT", *command],
             cwd=cwd,
             env=os.environ | {"TERM": "vt220"},
             **dict.fromkeys(("stdin", "stdout", "stderr"), self._slave) | streams,

@@ -93,15 +93,7 @@ def test_a_picture_is_no_larger_than_the_window(pool: PoolServiceProxy) -> None:
         assert somebody.ends() == 0
 
 
-@pytest.fixture
-def heeds_hangups() -> Iterator[None]:
-    """Whoever runs the tests may have them ignored (nohup), and what is started then ignores them too."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("service", "heeds_hangups")
+@pytest.mark.usefixtures("service")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_the_terminal_as_it_was(signum: signal.Signals) -> None:
     with at_terminal() as somebody:
