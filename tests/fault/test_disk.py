@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lxc_pool import BackendError, LxcPoolError, PoolServiceProxy, State
+from lxc_pool import BackendError, LxcPoolError, PoolServiceProxy, PoolTimeout, State
 from lxc_pool.host import idranges
 from lxc_pool.host.residue import LOCKS
 from tests.support.faults import FaultyService
@@ -34,6 +35,11 @@ class Disk:
         with contextlib.suppress(OSError), self._ballast.open("ab", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
+
+    def leave(self, size: int) -> None:
+        """Leave so many bytes."""
+        with self._ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.path).free - size)
 
     def empty(self) -> None:
         self._ballast.unlink(missing_ok=True)
@@ -107,6 +113,22 @@ def test_a_full_disk_gives_nothing_out_loses_nothing_and_is_over_when_there_is_r
         container.run(["true"], check=True)
     assert_healed(service, pool)
     assert_no_larger(service.pid, before)
+
+
+def test_below_min_free_nothing_is_made_and_what_is_warm_is_handed_out(on_disk: FaultyService, disk: Disk) -> None:
+    pool = on_disk.start(config=CONFIG.replace("min_free = 0", 'min_free = "8M"'))
+    pool.wait_ready()
+    disk.leave(6 << 20)
+    for _ in range(2):
+        with pool.lease("one of the warm ones", 1) as container:
+            container.run(["true"], check=True)
+    eventually(lambda: "min_free is 8 MiB: make room" in (pool.status().last_error or ""), "it is said")
+    with pytest.raises(PoolTimeout, match="min_free is 8 MiB"):
+        pool.lease("one too many", 0.2).__enter__()
+    assert pool.containers() == ()  # not even begun
+    disk.empty()
+    becomes_ready(pool, 15)
+    assert_healed(on_disk, pool)
 
 
 def test_a_service_does_not_start_on_a_full_disk_and_says_why(on_disk: FaultyService, disk: Disk) -> None:

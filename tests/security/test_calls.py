@@ -77,11 +77,13 @@ class Stage:
         self.complaints = fuzz.Complaints()
         self.service: MemoryService
         self._names = 0
-        self._open: dict[str, int] = {}
+        self._channels: list[Channel] = []
 
     def channel(self, who: int = ALICE) -> Channel:
+        """Connect as a user; `rest` closes it."""
         self.who = who
-        return self.service.channel()
+        self._channels.append(self.service.channel())
+        return self._channels[-1]
 
     def lease(self, channel: Channel, request: str = "") -> str:
         """Lease a container; return its name."""
@@ -105,7 +107,9 @@ class Stage:
         return result(channel, call)
 
     def rest(self) -> None:
-        """Wait until nobody has anything, and all is warm again."""
+        """Close all connections; wait until nobody has anything, and all is warm again."""
+        while self._channels:
+            self._channels.pop().close()
         for info in self.service.pool.containers(None):
             if info.state in ("leased", "reserved"):
                 with contextlib.suppress(LxcPoolError):
@@ -218,7 +222,7 @@ def test_a_value_of_a_wrong_kind_ends_the_connection_and_any_other_has_an_answer
             channel._socket.shutdown(socket.SHUT_WR)  # should it wait
             with contextlib.suppress(EOFError):
                 result(channel, call)
-        channel.close()
+        channel.close()  # they are too many for one user to have at once
     assert refused >= 3  # one field too many, at least
 
 
@@ -242,13 +246,11 @@ def test_what_is_as_long_as_it_can_be_has_an_answer_and_what_is_longer_ends_the_
         body = messages.encode_call(msgspec.structs.replace(call, **{field.name: value[:1] * (MAX_MESSAGE + 1)}))
         channel._socket.sendall(len(body).to_bytes(4, "big") + body[:1000])
         assert ended(channel)
-        channel.close()
         if isinstance(value, str):
             channel = stage.channel()
             marked = messages.encode_call(msgspec.structs.replace(call, **{field.name: "@@@@"}))
             channel.send_bytes(marked.replace(b"@@@@", b"\xff\xfe\xed\xa0"))
             assert ended(channel)
-            channel.close()
 
 
 # --- out of turn ------------------------------------------------------------------------------------------------------
@@ -285,9 +287,8 @@ def test_after_an_offer_it_is_answered_and_the_offer_goes_back(stage: Stage, kin
     answer = stage.answer(channel, about(kind, offer.name, "another"))
     if touches(kind) == "name":
         assert isinstance(answer, UnknownLease)  # it is not theirs yet
-    with contextlib.closing(channel):
-        stage.service.reaches(reserved=1 if kind is messages.Get else 0, leased=0)
-        assert say(channel, messages.Confirm("r")) is None
+    stage.service.reaches(reserved=1 if kind is messages.Get else 0, leased=0)
+    assert say(channel, messages.Confirm("r")) is None
 
 
 @every_call
@@ -303,8 +304,6 @@ def test_of_a_container_that_is_in_no_lease_nothing_is_to_be_had(stage: Stage, k
     for name, state in {**members, ended_name: "over", "none": "never"}.items():
         answer = stage.answer(mine, about(kind, name, "r"))
         assert isinstance(answer, LeaseError) or (kind is messages.Release and state in ("over", "reaping")), state
-    for channel in (mine, other):
-        channel.close()
 
 
 def test_a_call_while_another_is_being_answered_ends_the_connection() -> None:
@@ -374,8 +373,6 @@ def test_anothers_container_is_not_touched_whoever_names_it_or_its_wish(stage: S
         assert what_she_has() == before
     seen = say(his, messages.ListContainers())
     assert all(info.id is info.owner_pid is info.owner_uid is None for info in seen if info.name == leased)  # type: ignore[attr-defined]  # they are
-    hers.close()
-    his.close()
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
@@ -413,5 +410,3 @@ def test_whatever_races_with_it_on_another_connection_both_are_answered_and_noth
         for channel in channels:
             say(channel, messages.Abandon(wish))
         stage.service.reaches(leased=0, reserved=0, waiting=0)
-    for channel in channels:
-        channel.close()
