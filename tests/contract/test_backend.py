@@ -315,3 +315,32 @@ def test_a_probe_that_still_fails_at_the_deadline_is_a_failed_start(engine: Engi
         engine.do(CreateJob(blueprint(name, image, probe=engine.failing_probe(), seconds=0.5)))
     engine.do(DestroyJob(name, force=False))
     assert engine.traces(name) == []
+
+
+@NEEDS_LXC
+@pytest.mark.parametrize(
+    ("ignored", "words"),
+    [("pids", "processes: pids.max is max, not 1000"), ("memory", "memory: memory."), ("cpu", "cpu weight: cpu.")],
+)
+def test_a_container_that_is_up_without_its_limits_is_a_failed_start(
+    lxc_engine: LxcEngine, ignored: str, words: str
+) -> None:
+    from tests.support.faults import UnlimitedBackend  # noqa: PLC0415  # needs the binding
+
+    image = lxc_engine.do(PrepareJob("busybox"))
+    assert isinstance(image, Image)
+    name = f"lxp-contract-{os.getpid()}-{next(_numbers)}"
+    wanted = dataclasses.replace(blueprint(name, image), profile=ProfileConfig("default", 1, cpu=50))  # 100 is usual
+    lane = ProcessLane(UnlimitedBackend(lxc_engine.state_dir, ignored))
+    lane.open()
+    outcomes: queue.Queue[Outcome] = queue.Queue()
+    try:
+        lane.start(CreateJob(wanted), outcomes.put)
+        outcome = outcomes.get(timeout=100)
+    finally:
+        lane.close()
+        lxc_engine.do(DestroyJob(name, force=False))
+    assert isinstance(outcome, StartFailed)
+    assert f"{name} is up without its limits: " in str(outcome)
+    assert words in str(outcome)
+    assert lxc_engine.traces(name) == []

@@ -333,6 +333,7 @@ def test_in_a_drained_pool_and_one_that_ends_each_is_answered() -> None:
             for kind in CALLS:
                 answer = stage.answer(channel, about(kind, "x", "r"))
                 assert kind is not messages.Get or isinstance(answer, LxcPoolError)
+                assert kind is not messages.Hello or isinstance(answer, ValueError)
         stage.service.pool._stock.closed = False
         assert isinstance(stage.answer(channel, about(messages.Get, "x", "r")), PoolDraining)
         stage.service.pool.resume()

@@ -134,6 +134,28 @@ class FaultyBackend(LxcBackend):
         return init
 
 
+class UnlimitedBackend(LxcBackend):
+    """The real backend, on a host whose liblxc ignores one of the limits, as it does what it does not know.
+
+    Args:
+        state_dir: As it has it.
+        ignored: Words of the settings that are ignored.
+    """
+
+    def __init__(self, state_dir: Path, ignored: str) -> None:
+        super().__init__(state_dir)
+        self._ignored = ignored
+
+    def open(self) -> None:
+        super().open()
+        limits = container_config._limits
+
+        def known(blueprint: Blueprint) -> list[tuple[str, str]]:
+            return [(key, value) for key, value in limits(blueprint) if self._ignored not in key]
+
+        container_config.__dict__["_limits"] = known
+
+
 class FaultyService(Service):
     """A real service that faults can be planned for."""
 
