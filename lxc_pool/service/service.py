@@ -89,6 +89,7 @@ class PoolService:
         self.pace = Pace(config.max_calls)
         self.turns = Turns()
         self.quietly = Quietly()
+        self.quietly_of_faults = Quietly()  # of their own: whoever is refused often is not to hide them
         self._pool = pool
         self._launcher = launcher
         self._socket_path = socket_path

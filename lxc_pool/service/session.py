@@ -77,9 +77,11 @@ class Session:
         except (ProtocolError, AuthenticationFailed, TimeoutError) as error:
             self._record_refusal(error)
         except OSError as error:
-            self._log(logging.INFO, f"connection of {self._peer} broke: {error}")
+            speak, left_out = self._service.quietly.may_speak(self.uid)
+            if speak:
+                log.info("connection of %s broke: %s%s", self._peer, error, _told(left_out))
         except Exception:  # noqa: BLE001  # one connection's bug must not end the service; the log has it
-            self._log(logging.ERROR, f"connection of {self._peer} failed", with_traceback=True)
+            self._log_fault(f"connection of {self._peer} failed")
         finally:
             self._take_back_offer()
             self._channel.close()
@@ -199,7 +201,7 @@ class Session:
         except (EOFError, ProtocolError):
             raise
         except Exception as error:  # noqa: BLE001  # a shortage, or our bug: the client is told, the log has the rest
-            self._log(logging.ERROR, f"{type(call).__name__} of {self._peer} failed", with_traceback=True)
+            self._log_fault(f"{type(call).__name__} of {self._peer} failed")
             reply = messages.encode_failure(as_shortage(error) or error)
         finally:
             for descriptor in descriptors:
@@ -243,12 +245,11 @@ class Session:
                 left_out=left_out or None,
             )
 
-    def _log(self, level: int, words: str, *, with_traceback: bool = False) -> None:
-        """Write what a client has caused into the log, unless it has caused too much of late."""
-        speak, left_out = self._service.quietly.may_speak(self.uid)
+    def _log_fault(self, words: str) -> None:
+        """Write the error that is being handled into the log, unless this user has caused too many of late."""
+        speak, left_out = self._service.quietly_of_faults.may_speak(self.uid)
         if speak:
-            left = f" ({left_out} lines of uid {self.uid} were left out)" if left_out else ""
-            log.log(level, "%s%s", words, left, exc_info=with_traceback)
+            log.log(logging.ERROR, "%s%s", words, _told(left_out), exc_info=True)
 
     def _send(self, reply: bytes) -> None:
         self._channel.deadline = time.monotonic() + MESSAGE_TIMEOUT
@@ -264,3 +265,7 @@ class Session:
         if not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
             raise EOFError("the client closed the connection while it waited")
         raise ProtocolError("the client sent something while it waited for an answer")
+
+
+def _told(left_out: int) -> str:
+    return f" ({left_out} such lines were left out)" if left_out else ""

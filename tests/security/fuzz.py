@@ -46,6 +46,7 @@ from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.host.processes import identify
 from lxc_pool.model import ContainerId
 from lxc_pool.service.access import Peer, Policy
+from lxc_pool.service.fairness import Quietly
 from lxc_pool.wire import handshake, messages
 from lxc_pool.wire.channel import Channel, ProtocolError
 from tests.support import memory_service as support
@@ -68,6 +69,9 @@ _SETTLED = 3
 
 LEASED = "<leased>"
 """Stands for the name of a container that the fuzzer has."""
+
+_SIZE = 3
+"""Containers of the server."""
 
 _ROUND = 250
 """Cases after which it is looked whether everything is as before."""
@@ -376,7 +380,7 @@ class Target:
         with self._pool.lease("another", timeout=HANG):
             pass
         self.service.sessions(1)
-        self.service.reaches(reserved=0, leased=0, reaping=0, building=0, waiting=0)
+        self.service.reaches(size=_SIZE, reserved=0, leased=0, reaping=0, building=0, waiting=0)
         deadline = time.monotonic() + HANG
         while (now := self._usage()) > self._before:
             assert time.monotonic() < deadline, f"it grows: descriptors, threads {now}, not {self._before}"
@@ -436,6 +440,7 @@ def served(
             support.memory_service(size, profiles=profiles) as service,
         ):
             service.service._launcher = _NoLauncher()
+            service.service.quietly_of_faults = Quietly(sys.maxsize)  # none is to be missed
             service.reaches(size=size)
             yield service
             for info in service.pool.containers(None):
@@ -450,7 +455,7 @@ def served(
 def target() -> Iterator[Target]:
     """Have a server to throw at, which takes its clients for a user without further rights."""
     complaints = Complaints()
-    with served(3, lambda: USER, complaints) as service:
+    with served(_SIZE, lambda: USER, complaints) as service:
         it = Target(service, complaints)
         try:
             yield it

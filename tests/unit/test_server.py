@@ -703,6 +703,27 @@ def test_a_bug_of_ours_and_a_shortage_are_told_and_logged_and_the_connection_goe
     channel.close()
 
 
+def test_a_bug_that_comes_with_every_call_does_not_flood_the_log_and_refusals_do_not_hide_it(
+    service: MemoryService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel = service.channel()
+    for _ in range(50):
+        with pytest.raises(UnknownLease):
+            say(channel, messages.Inspect("none"))
+
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(service.pool, "census", fail)
+    with caplog.at_level(logging.ERROR, session.__name__):
+        for _ in range(50):
+            with pytest.raises(InternalError):
+                say(channel, messages.GetStatus())
+    channel.close()
+    bugs = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert 1 <= len(bugs) <= 25
+
+
 def test_a_bug_before_anybody_is_let_in_ends_that_connection_only(
     service: MemoryService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
