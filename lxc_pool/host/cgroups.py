@@ -24,7 +24,8 @@ from pathlib import Path
 import psutil
 
 from lxc_pool.errors import DestroyFailed
-from lxc_pool.host import cgroup_tree, ends
+from lxc_pool.host import cgroup_tree
+from lxc_pool.host.processes import MISSING
 
 _V1_FLAGS = frozenset({"ro", "rw", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"})
 """What a version 1 mount lists beside its controllers. Source: kernel/cgroup/cgroup-v1.c, cgroup1_show_options."""
@@ -271,7 +272,7 @@ def _watched(paths: Sequence[Path]) -> Iterator[tuple[dict[int, int], list[psuti
             try:
                 descriptors[os.pidfd_open(pid)] = pid
             except OSError as error:  # it has just ended, or there is no descriptor left: the next round
-                if error.errno in ends.MISSING:
+                if error.errno in MISSING:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         without.append(psutil.Process(pid))
         yield descriptors, without

@@ -14,7 +14,6 @@ of their containers would see no owner die. Nothing is polled, and there is no s
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import stat
@@ -22,13 +21,10 @@ import threading
 
 import psutil
 
-from lxc_pool.host.processes import ProcessIdentity, identify, open_pidfd
+from lxc_pool.host.processes import MISSING, ProcessIdentity, identify, open_pidfd
 
 INTERVAL = 0.05
 """Seconds between two looks: how much later a death may be noticed than by a pidfd. A look at 1000 takes 0.05 s."""
-
-MISSING = (errno.ENOSYS, errno.EPERM)
-"""What pidfd_open says where it is missing, or refused by a policy. Source: pidfd_open(2), seccomp(2)."""
 
 
 def open_end(identity: ProcessIdentity) -> int:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import itertools
 import os
 import select
 import signal
+import time
 from pathlib import Path
 
 import psutil
+
+MISSING = (errno.ENOSYS, errno.EPERM)
+"""What pidfd_open says where it is missing, or refused by a policy. Source: pidfd_open(2), seccomp(2)."""
 
 _F_SETSIG = 10
 """Not in Python's fcntl module. Source: Linux include/uapi/asm-generic/fcntl.h."""
@@ -89,20 +94,56 @@ def has_executed(identity: ProcessIdentity) -> bool:
     return not int(fields[6]) & _PF_FORKNOEXEC
 
 
-def kill_tree(pid: int, *, timeout: float = 5.0) -> list[int]:
-    """Kill a process and all its descendants with SIGKILL; return the pids that still live after *timeout* seconds."""
+def kill_tree(identity: ProcessIdentity, *, timeout: float = 5.0) -> list[int]:
+    """Kill a process and all its descendants with SIGKILL; return the pids that still live after *timeout* seconds.
+
+    Raises:
+        OSError: They can't be looked for: there is no descriptor left, say.
+    """
     try:
-        root = psutil.Process(pid)
+        root = psutil.Process(identity.pid)
+        if identify(identity.pid) != identity:
+            return []  # it has ended, and its pid is another's
         # The root first: it must not see its children end, and go on to what comes next.
         doomed = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ProcessLookupError):
         return []
-    for process in doomed:
-        # psutil compares pid and start time before it signals.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    _gone, alive = psutil.wait_procs(doomed, timeout=timeout)
-    return [process.pid for process in alive]
+    deadline = time.monotonic() + timeout
+    with contextlib.ExitStack() as stack:
+        # All are held before the first is signalled: for want of descriptors some would be left, and not be found
+        # again without their root.
+        held = {process: _hold(process, stack) for process in doomed}
+        for process, pidfd in held.items():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if pidfd is None:
+                    process.kill()  # psutil compares pid and start time before it signals
+                else:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return [process.pid for process, pidfd in held.items() if not _ends(process, pidfd, deadline)]
+
+
+def _hold(process: psutil.Process, stack: contextlib.ExitStack) -> int | None:
+    """Return a pidfd of just this process, open as long as the *stack*; None: it has ended, or there are no pidfds."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+        stack.callback(os.close, pidfd)
+        return pidfd if process.is_running() else None
+    except ProcessLookupError:
+        return None
+    except OSError as error:
+        if error.errno in MISSING:
+            return None
+        raise
+
+
+def _ends(process: psutil.Process, pidfd: int | None, deadline: float) -> bool:
+    """Wait for the end of a process; return whether it has come by the *deadline*."""
+    patience = max(0.0, deadline - time.monotonic())
+    if pidfd is None:
+        return not psutil.wait_procs([process], timeout=patience)[1]
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(patience * 1000))
 
 
 def describe_tree(pid: int) -> str:

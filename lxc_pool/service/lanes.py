@@ -35,7 +35,11 @@ class Lane(Protocol):
         """Say what the worker hangs on, for the log."""
 
     def replace(self) -> None:
-        """Kill the worker, whatever it does, and have a new one. The job's *done* may or may not be called."""
+        """Kill the worker, whatever it does, and have a new one. The job's *done* may or may not be called.
+
+        Raises:
+            OSError: It can't be killed now; nothing has changed.
+        """
 
     def close(self) -> None:
         """End the worker."""
@@ -96,7 +100,7 @@ class ProcessLane:
             self._worker.kill()
             try:
                 self.open()
-            except (OSError, RuntimeError) as error:  # no descriptor, process or thread is to be had
+            except (OSError, EOFError, RuntimeError) as error:  # no descriptor, process or thread is to be had
                 # The next job finds the old one dead, and this is tried again.
                 log.warning("a lane's worker can't be started: %s", error)
 

@@ -247,10 +247,13 @@ class Upkeep:
         """Take in what a job came to."""
         if isinstance(outcome, LaneBroken):
             claimed = self._claim(slot, job)
-            if claimed is None:
-                return
-            slot.lane.replace()
-            job = claimed
+            if claimed is not None:
+                self._replace_lane(slot, claimed, outcome)
+            return
+        self._take_in(slot, job, outcome)
+
+    def _take_in(self, slot: Slot, job: Job, outcome: Outcome) -> None:
+        """Take in what came of a job that nothing more is heard of."""
         init: Watched | None = None
         if isinstance(job, CreateJob) and isinstance(outcome, ProcessIdentity):
             name = job.blueprint.name
@@ -258,6 +261,8 @@ class Upkeep:
                 init = self._watch.watch(outcome, functools.partial(self._init_died, name))
             except ProcessLookupError:
                 outcome = LxcPoolError(f"{name} came up and went down at once")
+            except OSError as error:
+                outcome = LxcPoolError(f"{name} came up, but can't be watched: {error}")
         with self._stock.lock:
             if slot.job is not job:  # its time was up meanwhile, and that has been dealt with
                 if init is not None:
@@ -283,14 +288,19 @@ class Upkeep:
         except Exception as error:  # noqa: BLE001  # whatever keeps us from looking must not keep the lane
             found = f"what it hangs on can't be seen: {error}"
         log.warning("a lane hangs in %s; it is killed and replaced; %s", _describe(job), found)
+        timeout = JobTimeout(f"{_describe(job)} took longer than allowed and was killed")
+        self._replace_lane(slot, claimed, timeout)
+
+    def _replace_lane(self, slot: Slot, claimed: Job, outcome: Outcome) -> None:
+        """Replace a lane, now or as soon as that is possible, and then take in what came of its job."""
         try:
             slot.lane.replace()
         except OSError as error:  # no descriptor is to be had, say
-            log.warning("a lane that hangs can't be killed now: %s; it is tried again", error)
-            again = functools.partial(self._overdue, slot, claimed)
-            slot.timer = self._watch.call_at(self._watch.now() + _KILL_AGAIN, again)
+            log.warning("a lane can't be killed now: %s; it is tried again", error)
+            again = functools.partial(self._replace_lane, slot, claimed, outcome)
+            self._watch.call_at(self._watch.now() + _KILL_AGAIN, again)
             return
-        self._done(slot, claimed, JobTimeout(f"{_describe(job)} took longer than allowed and was killed"))
+        self._take_in(slot, claimed, outcome)
 
     def _claim(self, slot: Slot, job: Job) -> Job | None:
         """Take a job on, to replace its lane; return what stands for it from now on, None if it has ended meanwhile.

@@ -75,6 +75,7 @@ class Watch(Protocol):
 
         Raises:
             ProcessLookupError: It has ended already.
+            OSError: It can't be watched: there is no descriptor left, say.
         """
 
     def forget(self, watched: Watched) -> None:
@@ -146,7 +147,11 @@ class Watchdog:
         with self._lock:
             self._watched[watched.descriptor] = watched
         assert self._epoll is not None, "the watchdog is not open"
-        self._epoll.register(watched.descriptor, select.EPOLLIN | select.EPOLLONESHOT)
+        try:
+            self._epoll.register(watched.descriptor, select.EPOLLIN | select.EPOLLONESHOT)
+        except OSError:  # the kernel is short of memory, or of watches for this user
+            self.forget(watched)
+            raise
         return watched
 
     def forget(self, watched: Watched) -> None:

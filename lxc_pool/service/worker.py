@@ -35,7 +35,7 @@ from pathlib import Path
 from lxc_pool.backend.protocol import Backend
 from lxc_pool.errors import InternalError, LxcPoolError
 from lxc_pool.host import semaphores
-from lxc_pool.host.processes import die_at_end_of, kill_tree
+from lxc_pool.host.processes import ProcessIdentity, die_at_end_of, identify, kill_tree
 from lxc_pool.service.jobs import Job, LaneBroken, Outcome, perform
 from lxc_pool.service.shortage import as_shortage
 
@@ -70,7 +70,7 @@ class Worker:
         self._channel, theirs = context.Pipe()
         with theirs:
             self._executor = ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(backend, theirs))
-            self._pid = self._executor.submit(os.getpid)
+            self._process = self._executor.submit(_identify)
         self._reader = threading.Thread(target=self._read, name="lane", daemon=True)
         self._reader.start()
         self._executor.submit(_work).add_done_callback(self._hang_up)
@@ -84,8 +84,8 @@ class Worker:
     @property
     def pid(self) -> int | None:
         """The process's number, once that has come up."""
-        known = self._pid.done() and not self._pid.cancelled() and self._pid.exception() is None
-        return self._pid.result() if known else None
+        known = self._process.done() and not self._process.cancelled() and self._process.exception() is None
+        return self._process.result().pid if known else None
 
     def start(self, job: Job, done: Callable[[Outcome], None]) -> None:
         """Begin *job*; call *done* once, from any thread, when it has ended, or the worker has."""
@@ -97,11 +97,18 @@ class Worker:
             done(LaneBroken("the lane's worker has died"))
         else:
             # Not before it is up: one that is killed as soon as it is, must not have found a job.
-            self._pid.add_done_callback(functools.partial(self._send, job))
+            self._process.add_done_callback(functools.partial(self._send, job))
 
     def kill(self) -> None:
-        """Kill the process and its children: at once, or as soon as it is up."""
-        self._pid.add_done_callback(_kill)
+        """Kill the process and its children: at once, or as soon as it is up.
+
+        Raises:
+            OSError: They can't be looked for, as when no descriptor is left: to be tried again.
+        """
+        if self._process.done():
+            _kill(self._process)
+        else:
+            self._process.add_done_callback(_kill)  # should that fail: it ends when it finds nobody to work for
         self._executor.shutdown(wait=False, cancel_futures=True)
         if self.pid is None:
             self._hang_up()
@@ -113,7 +120,7 @@ class Worker:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._reader.join()
             return
-        self._pid.add_done_callback(_kill)
+        self._process.add_done_callback(_kill)
         # The executor's thread has to let go of its semaphores: after `stop_fork_server` nobody would count those. A
         # worker that hangs in the kernel does not end.
         end = functools.partial(self._executor.shutdown, cancel_futures=True)
@@ -121,7 +128,7 @@ class Worker:
         rest.start()
         rest.join(_KILL_TIMEOUT)
 
-    def _send(self, job: Job | None, _pid: object = None) -> None:
+    def _send(self, job: Job | None, _process: object = None) -> None:
         with self._lock, contextlib.suppress(OSError):  # it has died: the reader says so
             if not self._ended:
                 self._channel.send(job)
@@ -149,8 +156,10 @@ class Worker:
         """Let the reader come to the end, whoever else has the other one: the process has ended."""
         with self._lock:
             if not self._ended:
-                with socket.socket(fileno=os.dup(self._channel.fileno())) as end, contextlib.suppress(OSError):
+                end = socket.socket(fileno=self._channel.fileno())  # no duplicate: there may be no descriptor left
+                with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
+                end.detach()
 
 
 def start_fork_server() -> None:
@@ -204,13 +213,13 @@ def stop_fork_server() -> None:
     multiprocessing.resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # noqa: SLF001  # see above
 
 
-def _kill(pid: Future[int]) -> None:
-    if not pid.cancelled() and pid.exception() is None:
-        kill_tree(pid.result(), timeout=0)
+def _kill(process: Future[ProcessIdentity]) -> None:
+    if not process.cancelled() and process.exception() is None:
+        kill_tree(process.result(), timeout=0)
 
 
-_equipment: tuple[Backend, Connection] | None = None
-"""What the process works with, and where its jobs come from; set once in each."""
+_equipment: tuple[Backend, Connection, ProcessIdentity] | None = None
+"""What the process works with, where its jobs come from, and who it is; set once in each."""
 
 
 def _prepare(backend: Backend, channel: Connection) -> None:
@@ -225,14 +234,22 @@ def _prepare(backend: Backend, channel: Connection) -> None:
     os.set_inheritable(channel.fileno(), False)  # what came over a socket is; source: CPython, Modules/socketmodule.c
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     backend.open()
-    _equipment = backend, channel
+    # Here, so that a process that can't say who it is, for want of descriptors, does not come up.
+    _equipment = backend, channel, identify(os.getpid())
+
+
+def _identify() -> ProcessIdentity:
+    """Say who this is; runs in the process."""
+    if _equipment is None:
+        raise InternalError("the worker is not set up")
+    return _equipment[2]
 
 
 def _work() -> None:
     """Do jobs until there are no more; runs in the process."""
     if _equipment is None:
         raise InternalError("the worker has no backend")
-    backend, channel = _equipment
+    backend, channel, _identity = _equipment
     with channel, contextlib.suppress(EOFError, ConnectionError):
         while (job := channel.recv()) is not None:
             channel.send(_attempt(backend, job))

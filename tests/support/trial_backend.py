@@ -41,6 +41,8 @@ class TrialBackend:
             raise KeyError("a bug")
         if image_name == "shortage":
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if image_name == "linger":
+            time.sleep(3600)
         if image_name == "die":
             os._exit(1)
         return Image(image_name, "1", Path("/nonexistent"), 0, 0.0, str(os.getpid()))

@@ -28,6 +28,7 @@ from lxc_pool.service import worker
 from lxc_pool.service.jobs import CreateJob, DestroyJob, Job, LaneBroken, Outcome, PrepareJob
 from lxc_pool.service.lanes import ProcessLane
 from lxc_pool.service.worker import stop_fork_server
+from tests.support.descriptors import few_descriptors
 from tests.support.trial_backend import TrialBackend
 
 SOON = 30.0
@@ -78,7 +79,7 @@ def outcome(lane: ProcessLane, job: Job) -> Outcome:
 
 def worker_of(lane: ProcessLane) -> int:
     assert lane._worker is not None
-    return lane._worker._pid.result(SOON)
+    return lane._worker._process.result(SOON).pid
 
 
 def hang(lane: ProcessLane, notes: Path, name: str = "hang") -> tuple[queue.Queue[Outcome], list[int]]:
@@ -146,12 +147,15 @@ def test_a_worker_that_dies_breaks_its_lane_until_that_is_replaced(lane: Process
     assert isinstance(outcome(lane, PrepareJob("busybox")), Image)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), EOFError("the fork server has no descriptors left")]
+)
 def test_a_lane_whose_new_worker_can_not_be_started_is_broken_until_it_can(
-    lane: ProcessLane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    lane: ProcessLane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     worker_of(lane)
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "start_fork_server", mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+        patch.setattr(worker, "start_fork_server", mock.Mock(side_effect=error))
         lane.replace()
     assert "can't be started" in caplog.text
     assert isinstance(outcome(lane, PrepareJob("busybox")), LaneBroken)
@@ -172,6 +176,27 @@ def test_replacing_a_lane_kills_its_worker_and_the_workers_children_and_it_works
     assert [ends(pidfd) for pidfd in pidfds] == [True, True]
     assert isinstance(outcomes.get(timeout=SOON), LaneBroken)
     assert isinstance(outcome(lane, PrepareJob("busybox")), Image)
+
+
+def test_a_lane_is_not_replaced_before_its_worker_can_be_killed(lane: ProcessLane, tmp_path: Path) -> None:
+    _outcomes, pidfds = hang(lane, tmp_path)
+    old = worker_of(lane)
+    with few_descriptors(0), pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        lane.replace()
+    assert worker_of(lane) == old
+    lane.replace()
+    assert [ends(pidfd) for pidfd in pidfds] == [True, True]
+    assert isinstance(outcome(lane, PrepareJob("busybox")), Image)
+
+
+def test_the_end_of_a_worker_is_noticed_without_a_descriptor(lane: ProcessLane) -> None:
+    worker_of(lane)
+    outcomes = begin(lane, PrepareJob("linger"))
+    assert lane._worker is not None
+    with few_descriptors(0):
+        lane._worker._hang_up()
+        assert isinstance(outcomes.get(timeout=SOON), LaneBroken)
+    lane.replace()
 
 
 def test_a_lane_that_hangs_can_say_what_it_hangs_on(lane: ProcessLane, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lxc_pool.errors import (
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import State
 from lxc_pool.service.census import WarmWait
+from lxc_pool.service.jobs import LaneBroken
 from lxc_pool.service.leases import Quota
 from lxc_pool.service.upkeep import LULL
 from lxc_pool.service.waiters import Ticket
@@ -417,6 +418,45 @@ def test_a_lane_that_hangs_while_there_are_no_descriptors_is_replaced_once_there
     assert sum(lane.replaced for lane in world.lanes) == 1
     assert world.count(State.WARM) == 2
     assert len(world.backend.present) == 2
+
+
+def test_a_lane_that_breaks_while_there_are_no_descriptors_is_replaced_once_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(2, workers=2)
+    world.backend.script("start", Fault(error=LaneBroken("the lane's worker died")))
+
+    def fail() -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        for lane in world.lanes:
+            patch.setattr(lane, "replace", fail)
+        world.advance(3)
+        assert (world.count(State.WARM), world.count(State.BUILDING)) == (1, 1)
+    world.advance(5)
+    assert sum(lane.replaced for lane in world.lanes) == 1
+    assert world.count(State.WARM) == 2
+    assert len(world.backend.present) == 2
+
+
+def test_a_container_that_can_not_be_watched_is_given_to_nobody_and_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(1)
+
+    def fail(*_arguments: object) -> Watched:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.watch, "watch", fail)
+        world.settle()
+        assert world.count(State.WARM) == 0
+        assert "can't be watched" in str(world.pool.census().last_error)
+    world.advance(5)
+    assert world.count(State.WARM) == 1
+    assert sum(lane.replaced for lane in world.lanes) == 0
+    assert len(world.backend.present) == 1
 
 
 @pytest.mark.parametrize("step", ["stop", "destroy"])

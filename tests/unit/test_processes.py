@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
 import re
 import signal
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from lxc_pool.host.processes import ProcessIdentity, describe_tree, has_executed, identify, kill_tree, open_pidfd
+from tests.support.descriptors import few_descriptors
 from tests.support.processes import open_descriptors, sleeper
 
 TREE = "sh -c 'sleep infinity & wait' & sleep infinity & echo ready; wait"
@@ -100,19 +103,50 @@ def test_a_tree_is_killed_to_its_last_leaf() -> None:
         process.stdout.readline()
         tree = psutil.Process(process.pid).children(recursive=True)
         assert len(tree) >= 2
-        assert kill_tree(process.pid) == []
+        assert kill_tree(identify(process.pid)) == []
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in tree)
+
+
+def test_a_tree_is_killed_as_a_whole_or_not_at_all() -> None:
+    with subprocess.Popen(["sh", "-c", TREE], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        identity, tree = identify(process.pid), psutil.Process(process.pid).children(recursive=True)
+        for number in range(3):  # enough for some of the tree, or for none
+            with few_descriptors(number), pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                kill_tree(identity)
+            assert all(member.status() != psutil.STATUS_ZOMBIE for member in (psutil.Process(process.pid), *tree))
+        assert kill_tree(identity) == []
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in tree)
+
+
+def test_who_has_the_pid_of_what_is_gone_is_not_killed() -> None:
+    with sleeper() as process:
+        identity = identify(process.pid)
+        earlier = dataclasses.replace(identity, start_ticks=identity.start_ticks - 1)
+        assert kill_tree(earlier) == []
+        assert identify(process.pid) == identity
 
 
 def test_killing_what_is_gone_is_no_error() -> None:
     with sleeper() as process:
-        pass
-    assert kill_tree(process.pid) == []
+        identity = identify(process.pid)
+    assert kill_tree(identity) == []
+
+
+def test_where_there_are_no_pidfds_a_tree_is_killed_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: int) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("os.pidfd_open", refuse)
+    with sleeper() as process:
+        assert kill_tree(identify(process.pid), timeout=0) in ([], [process.pid])
+        assert process.wait(10) == -signal.SIGKILL
 
 
 def test_without_time_to_wait_it_says_who_may_still_live() -> None:
     with sleeper() as process:
-        assert kill_tree(process.pid, timeout=0) in ([], [process.pid])
+        assert kill_tree(identify(process.pid), timeout=0) in ([], [process.pid])
         process.wait(10)
 
 
@@ -152,5 +186,5 @@ def test_a_tree_is_described_by_what_each_of_its_processes_runs_and_waits_in() -
         assert text.count("sleep infinity") >= 2
         for part in text.split("; process "):  # in state S by now, or still about to be
             assert re.search(r", wchan \S.*, stack \S.*, status State: [SRD] .* SigPnd: [0-9a-f]{16} ", part), part
-        kill_tree(process.pid)
+        kill_tree(identify(process.pid))
     assert describe_tree(process.pid) == f"process {process.pid} has ended"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
@@ -53,6 +55,15 @@ def test_tells_once_when_a_process_ends(watchdog: Watchdog) -> None:
     assert not told.acquire(blocking=False)
     watchdog.forget(watched)
     watchdog.forget(watched)
+
+
+def test_what_can_not_be_watched_is_let_go_of(watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_descriptors()
+    with sleeper() as process, monkeypatch.context() as patch:
+        patch.setattr(watchdog, "_epoll", mock.Mock(register=mock.Mock(side_effect=OSError(errno.ENOSPC, "full"))))
+        with pytest.raises(OSError, match="full"):
+            watchdog.watch(identify(process.pid), lambda: None)
+    assert open_descriptors() == before
 
 
 def test_a_process_that_has_ended_can_not_be_watched(watchdog: Watchdog) -> None:
