@@ -21,6 +21,7 @@ from lxc_pool import hostdir
 from lxc_pool.backend.memory import HANG
 from lxc_pool.errors import AccessDenied, InternalError, LeaseError, LxcPoolError, PoolDraining, UnknownLease
 from lxc_pool.execution.protocol import ExecRequest
+from lxc_pool.service import session
 from lxc_pool.wire import handshake, messages
 from lxc_pool.wire.channel import MAX_MESSAGE, Channel, ProtocolError
 from lxc_pool.wire.messages import Call
@@ -179,7 +180,9 @@ def result(channel: Channel, call: Call) -> object:
 
 
 def ended(channel: Channel) -> bool:
-    """Wait for the end of a connection; return whether nothing was said before."""
+    """Wait for the end of a connection; return whether it came soon, and nothing was said before."""
+    if not channel._readable.poll(session.MESSAGE_TIMEOUT * 1000 / 2):
+        return False  # only at the deadline of a message that is not all here
     with contextlib.suppress(ConnectionResetError):
         return not channel._socket.recv(1)
     return True
