@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.errors import AccessDenied, BackendError, LeaseExpired, PoolClosed, PoolDraining, UnknownLease
@@ -29,7 +29,7 @@ from lxc_pool.service.leases import Leases, Quota
 from lxc_pool.service.ledger import Journal
 from lxc_pool.service.lifecycle import Lease, Reason
 from lxc_pool.service.owners import Owners
-from lxc_pool.service.reaper import Reaper
+from lxc_pool.service.reaper import NOBODY, Reaper
 from lxc_pool.service.recovery import Verdict
 from lxc_pool.service.renewal import Renewal
 from lxc_pool.service.sizing import Sizing
@@ -204,8 +204,8 @@ class Pool:
             if member is not None and member.state is State.RESERVED and member.session is session:
                 self._handoff.take_back(member)
 
-    def abandon(self, uid: int, request: str) -> None:
-        """Undo whatever *request* got: its reservation, or its lease."""
+    def abandon(self, uid: int, request: str, by: Mapping[str, object] = NOBODY) -> None:
+        """Undo whatever *request* got: its reservation, or its lease. *by*: see `Reaper.reap`."""
         with self._lock:
             member = self._leases.of_request(uid, request)
             if member is None:
@@ -213,7 +213,7 @@ class Pool:
             if member.state is State.RESERVED:
                 self._handoff.take_back(member)
             else:
-                self._reaper.reap(member, Reason.RELEASED)
+                self._reaper.reap(member, Reason.RELEASED, by)
 
     def set_ttl(self, name: str, uid: int | None, ttl: float, *, drop_owner: bool = False) -> None:
         """Let a lease end *ttl* seconds from now; with *drop_owner*, it no longer ends with its owner.
@@ -243,8 +243,8 @@ class Pool:
                 lease.expiry.cancel()
             self._arm_expiry(name, lease)
 
-    def release(self, name: str, uid: int | None) -> None:
-        """End a lease; not an error if it has ended. *uid* as for `set_ttl`.
+    def release(self, name: str, uid: int | None, by: Mapping[str, object] = NOBODY) -> None:
+        """End a lease; not an error if it has ended. *uid* as for `set_ttl`; *by*: see `Reaper.reap`.
 
         Raises:
             UnknownLease: It never was, or is another user's.
@@ -254,7 +254,7 @@ class Pool:
                 member = self._leases.find(name, uid)[0]
             except LeaseExpired:
                 return
-            self._reaper.reap(member, Reason.RELEASED)
+            self._reaper.reap(member, Reason.RELEASED, by)
 
     def leased(self, name: str, uid: int | None) -> ContainerInfo:
         """Return what is to be known of a leased container. *uid* as for `set_ttl`.

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
 from lxc_pool.model import State
 from lxc_pool.service import trail
 from lxc_pool.service.leases import Leases
 from lxc_pool.service.lifecycle import Lease, Member, Reason
 from lxc_pool.service.stock import Stock
 from lxc_pool.service.watchdog import Watch
+
+NOBODY: Final[Mapping[str, object]] = MappingProxyType({})
+"""Who has asked for a container's end, where nobody has."""
 
 
 class Reaper:
@@ -18,15 +25,15 @@ class Reaper:
         self._leases = leases
         self._watch = watch
 
-    def reap(self, member: Member, reason: Reason) -> None:
-        """Let a container be removed, from whatever state it is in."""
+    def reap(self, member: Member, reason: Reason, by: Mapping[str, object] = NOBODY) -> None:
+        """Let a container be removed, from whatever state it is in; *by* says in the trail who has asked for it."""
         if member.state is State.REAPING or member.state is State.STUCK:
             return
         if member.state is State.WARM:
             self._stock.shelf_of(member).remove(member)
         if member.state is State.LEASED and member.lease is not None:
             self._leases.remember(member.name, member.lease.uid, reason)
-            self._record_end(member, member.lease, reason)
+            self._record_end(member, member.lease, reason, by)
         else:
             trail.record("reap", name=member.name, reason=reason, was=member.state, profile=member.profile)
         self._leases.strike_out(member)
@@ -42,7 +49,7 @@ class Reaper:
             while shelf.has_warm:
                 self.reap(shelf.spare(), reason)
 
-    def _record_end(self, member: Member, lease: Lease, reason: Reason) -> None:
+    def _record_end(self, member: Member, lease: Lease, reason: Reason, by: Mapping[str, object]) -> None:
         trail.record(
             "end",
             name=member.name,
@@ -51,4 +58,5 @@ class Reaper:
             uid=lease.uid,
             owner=lease.owner.pid if lease.owner else None,
             seconds=self._watch.now() - member.since,
+            **by,
         )

@@ -122,7 +122,7 @@ class PoolService:
                 caller.after_answer(functools.partial(self._after_confirmation, caller.peer, info))
                 return info
             case messages.Abandon(request):
-                return self._pool.abandon(caller.peer.uid, request)
+                return self._pool.abandon(caller.peer.uid, request, _by(caller.peer))
             case messages.Echo(text):
                 return text
             case messages.GetStatus():
@@ -156,7 +156,7 @@ class PoolService:
                 self._execute(scope, call, descriptors)
                 return caller.after_answer(functools.partial(self._after_command, name))
             case messages.Release(name):
-                return self._pool.release(name, scope)
+                return self._pool.release(name, scope, _by(caller.peer))
             case messages.Inspect(name):
                 return self._pool.leased(name, scope)
             case messages.Addresses(name):
@@ -376,6 +376,11 @@ class PoolService:
             yield pidfd, *held[0]
         finally:
             os.close(pidfd)
+
+
+def _by(peer: Peer) -> dict[str, object]:
+    """Return what the trail says of who has ended a lease; it may be an administrator, or a child of the owner."""
+    return {"by": peer.uid, "pid": peer.process.pid, "program": peer.program}
 
 
 def _path_of(descriptor: int) -> str:

@@ -506,7 +506,7 @@ def test_who_had_what_and_who_was_refused_what_is_in_the_trail(
     def act() -> int:
         with PoolManager.connect(service.host_dir) as pool:
             with pool.lease("my job", timeout=SOON):
-                pass
+                time.sleep(0.05)  # what is told as its length
             errors_of(
                 pool.drain, lambda: pool.get("x", 0, profile="rooted"), lambda: pool._caller.ask(messages.Inspect("y"))
             )
@@ -524,9 +524,16 @@ def test_who_had_what_and_who_was_refused_what_is_in_the_trail(
             assert fields["program"]
     (end,) = (fields for event, fields in trail if event == "end")
     assert (end["reason"], end["uid"], end["id"]) == ("released", ALICE, "my job")
-    assert 0 <= end["seconds"] < SOON
-    refused = [fields["kind"] for event, fields in trail if event == "refusal"]
-    assert refused == ["AccessDenied", "AccessDenied", "UnknownLease"]
+    assert (end["by"], end["pid"], end["owner"]) == (ALICE, pid, pid)
+    assert end["program"]
+    assert 0.05 <= end["seconds"] < SOON
+    (lease,) = (fields for event, fields in trail if event == "lease")
+    assert (lease["id"], lease["owner"], lease["profile"]) == ("my job", pid, "default")
+    assert lease["name"] == end["name"]
+    refused = [(fields["kind"], fields["why"]) for event, fields in trail if event == "refusal"]
+    assert [kind for kind, _why in refused] == ["AccessDenied", "AccessDenied", "UnknownLease"]
+    for (_kind, why), words in zip(refused, ("drain", "'rooted' is privileged", "'y'"), strict=True):
+        assert words in why
     for record in caplog.records:
         line = JsonFormatter().format(record)
         assert json.loads(line)["message"] == record.getMessage()
