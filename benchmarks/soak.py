@@ -297,7 +297,7 @@ def _sample(service: Service) -> Sample:
 
 
 def _living(main: psutil.Process) -> list[psutil.Process]:
-    """Return the helpers that stay: not the `lxc-start` of a moment, nor a supervisor that ends with its container."""
+    """Return the helpers that stay: not the `lxc-start` of a moment."""
     agents = main.children()
     workers = [worker for agent in agents for worker in agent.children() if _stays(worker)]
     return [*agents, *workers]
@@ -305,7 +305,7 @@ def _living(main: psutil.Process) -> list[psutil.Process]:
 
 def _stays(worker: psutil.Process) -> bool:
     try:
-        return "python" in worker.name() and "lxc_pool" not in " ".join(worker.cmdline())
+        return "python" in worker.name()
     except psutil.NoSuchProcess:  # it has not
         return False
 

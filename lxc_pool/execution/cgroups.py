@@ -12,17 +12,16 @@ kernel/cgroup/cgroup.c). What joins has one thread. The v2 hierarchy needs no wr
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import select
 import signal
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from lxc_pool.host import cgroup_tree
 
-_RETRY = 0.01
-"""Seconds before processes that are to be killed, and can't be looked at, are looked for again. A guess."""
+Mounts = dict[frozenset[str], str]
+"""See `mounted`."""
 
 UNIFIED = ""
 """How /proc/PID/cgroup names the v2 hierarchy."""
@@ -35,22 +34,24 @@ class Membership(NamedTuple):
         join: Directories of v1 cgroups that a command has to join by itself.
         parent: The directory below which a command's own cgroup is made.
         unified: Whether *parent* is in the v2 hierarchy.
+        pids: The directory of *join* that limits processes; None if there is none.
     """
 
     join: tuple[str, ...]
     parent: str
     unified: bool
+    pids: str | None = None
 
 
-def mounted() -> dict[frozenset[str], str]:
+def mounted() -> Mounts:
     """Return the mount point of each hierarchy, by its controllers; the v2 one has the name `UNIFIED` alone."""
     with open("/proc/self/mountinfo", "rb") as file:
         return parse_mounts(os.fsdecode(file.read()))
 
 
-def parse_mounts(mountinfo: str) -> dict[frozenset[str], str]:
+def parse_mounts(mountinfo: str) -> Mounts:
     """Read *mountinfo* (proc(5)); a mount of a part of a hierarchy does not count."""
-    found: dict[frozenset[str], str] = {}
+    found: Mounts = {}
     for line in mountinfo.splitlines():
         fields, _, tail = line.partition(" - ")
         kind, _, rest = tail.partition(" ")
@@ -61,7 +62,7 @@ def parse_mounts(mountinfo: str) -> dict[frozenset[str], str]:
     return found
 
 
-def membership(pid: int, mounts: dict[frozenset[str], str]) -> Membership:
+def membership(pid: int, mounts: Mounts) -> Membership:
     """Say what a command has to join to be where process *pid* is.
 
     Raises:
@@ -71,13 +72,13 @@ def membership(pid: int, mounts: dict[frozenset[str], str]) -> Membership:
         return plan(os.fsdecode(own.read()), os.fsdecode(its.read()), mounts)
 
 
-def plan(own: str, its: str, mounts: dict[frozenset[str], str]) -> Membership:
+def plan(own: str, its: str, mounts: Mounts) -> Membership:
     """As `membership`, from the text of both processes' /proc/PID/cgroup.
 
     A v1 hierarchy in which both are in the same cgroup needs nothing.
     """
     mine = dict(_paths(own))
-    join, freezer, unified = [], None, None
+    join, freezer, unified, pids = [], None, None, None
     for controllers, path in _paths(its):
         wanted = frozenset(controllers.split(","))
         mount_point = next((point for options, point in mounts.items() if wanted <= options), None)
@@ -92,10 +93,11 @@ def plan(own: str, its: str, mounts: dict[frozenset[str], str]) -> Membership:
             freezer = directory
         if controllers != UNIFIED and mine.get(controllers) != path:
             join.append(directory)
+            pids = directory if "pids" in wanted else pids
     parent = unified or freezer
     if parent is None:
         raise FileNotFoundError(2, "neither a v2 nor a freezer cgroup hierarchy is mounted to hold the command")
-    return Membership(tuple(join), parent, unified is not None)
+    return Membership(tuple(join), parent, unified is not None, pids)
 
 
 def enter(directory: str) -> None:
@@ -105,6 +107,17 @@ def enter(directory: str) -> None:
         os.write(fd, b"0")
     finally:
         os.close(fd)
+
+
+def check_limit(directory: str) -> None:
+    """Refuse more processes in the v1 cgroup than it permits: that is for forks to see, and not for who joins.
+
+    Raises:
+        OSError: EAGAIN, as fork(2) says it; or it can't be looked at.
+    """
+    most = _read(directory + "/pids.max")
+    if most.isdigit() and int(_read(directory + "/pids.current")) > int(most):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 class CommandCgroup:
@@ -123,28 +136,23 @@ class CommandCgroup:
         """Return a descriptor of the directory."""
         return os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def kill(self, timeout: float) -> bool:
-        """Kill every process in the cgroup and below, and wait until they are gone.
-
-        Args:
-            timeout: Seconds to wait at most; a process in a frozen v1 cgroup can't die, one in a hung mount may not.
+    def kill(self) -> bool:
+        """Kill every process in the cgroup and below; what can't be looked at is not, nor who forks just then.
 
         Returns:
-            Whether it is empty.
+            Whether there was none any more, as there will be after some calls; a process in a frozen v1 cgroup can't
+            die, one in a hung mount may not.
         """
-        deadline = time.monotonic() + timeout
-        with contextlib.suppress(OSError):  # before Linux 5.14, and in v1: no such file; the loop below does it alone
-            _write(self.directory + "/cgroup.kill", b"1")
-        while True:
+        try:
+            if not (pids := cgroup_tree.pids(self.directory)):
+                return True
             try:
-                if not (pids := cgroup_tree.pids(self.directory)):
-                    return True
-                if not self._kill_and_wait(pids, deadline):
-                    return False
-            except OSError:  # no descriptor is left, say: what can't be looked into is not empty
-                select.select([], [], [], _RETRY)
-            if time.monotonic() >= deadline:
-                return False
+                _write(self.directory + "/cgroup.kill", b"1")
+            except OSError:  # before Linux 5.14, and in v1: no such file
+                self._kill(pids)
+        except OSError:  # no descriptor is left, say: what can't be looked into is not empty
+            pass
+        return False
 
     def remove(self) -> bool:
         """Remove the cgroup and those below it, if nothing runs there; what is left goes with the container.
@@ -164,9 +172,8 @@ class CommandCgroup:
             return not os.path.exists(self.directory)
         return True
 
-    def _kill_and_wait(self, pids: set[int], deadline: float) -> bool:
-        """Kill those of *pids* that there are descriptors for, and wait; return whether they ended in time."""
-        poller = select.poll()
+    def _kill(self, pids: set[int]) -> None:
+        """Kill those of *pids* that there are descriptors for."""
         pidfds: dict[int, int] = {}
         try:
             for pid in pids:
@@ -184,16 +191,6 @@ class CommandCgroup:
                 if pid in still:
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(fd, signal.SIGKILL)
-                    poller.register(fd, select.POLLIN)
-            waiting = len(still & set(pidfds.values()))
-            while waiting > 0:
-                ended = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-                if not ended:
-                    return False
-                for fd, _ in ended:
-                    poller.unregister(fd)
-                waiting -= len(ended)
-            return True
         finally:
             for fd in pidfds:
                 os.close(fd)
@@ -213,6 +210,14 @@ def _paths(text: str) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
         yield controllers, path
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 64).strip()
+    finally:
+        os.close(fd)
 
 
 def _write(path: str, data: bytes) -> None:

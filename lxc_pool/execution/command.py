@@ -1,7 +1,8 @@
 """The course of one command, as its supervisor sees it.
 
- entering ── report's end of file ──► running ── main process reaped ──► over ── nobody left, or client gone ──► done
-     └─────────── Failed ──────────────────────────────────────────────────┘
+ waiting ── begin ──► entering ── report's end of file ──► running ── main process reaped ──► over ──► done
+    └──── fail, killed ──┴─── Failed ────────────────────────────────────────────────────────────┘
+                                                                  (once nobody is left, or its client has gone)
 
 The client may signal the main process while it runs, and kill the tree at any time; that this is done it hears by the
 end of the connection (after `Exited`, if that was still due). The client's end kills the tree too, except once the
@@ -36,6 +37,9 @@ from lxc_pool.execution.protocol import (
 
 KILL_TIMEOUT = 10.0
 """Seconds that a killed tree has to be gone in. Origin: a guess; a process in a frozen v1 cgroup never is."""
+
+_KILL_PAUSE, _MAX_KILL_PAUSE = 0.001, 0.05
+"""Seconds until it is looked whether a killed tree is gone, doubled from the first to the second. Origin: a guess."""
 
 
 class Loop:
@@ -89,15 +93,20 @@ class Command:
         loop: Loop,
         cgroup: CommandCgroup,
         control: socket.socket,
-        report: socket.socket,
+        on_done: Callable[[Command], None],
         grace: float = 0.0,
         *,
         wants_terminal: bool = False,
     ) -> None:
-        """Serve the client at *control*; hear from usher and command on *report*. Both are closed in the end.
+        """Let it wait.
 
-        *grace* is how many seconds it has, once the client is gone, to end by itself after a SIGTERM. One that
-        *wants_terminal* sends out a master, which goes to the client.
+        Args:
+            loop: What calls back.
+            cgroup: Its own, which may not exist yet.
+            control: The client; it is closed in the end.
+            on_done: Called when it is done.
+            grace: Seconds that it has, once the client is gone, to end by itself after a SIGTERM.
+            wants_terminal: Whether it sends out a master, which goes to the client.
         """
         self.done = False
         self._grace = grace
@@ -106,17 +115,25 @@ class Command:
         self.cgroup = cgroup
         self._loop = loop
         self._control = control
-        self._report = report
+        self._report: socket.socket | None = None
+        self._on_done = on_done
         self._pid = 0
         self._pidfd = -1
         self._status: int | None = None
         self._failure: Failed | None = None
         self._entering = True
         self._killed = False
-        self._doomed = False
+        self._killing = False
+        self._kill_deadline = 0.0
+        self._kill_pause = _KILL_PAUSE
         self._over = False
         loop.watch(control.fileno(), self._on_control)
-        loop.watch(report.fileno(), self._on_report)
+
+    def begin(self, pid: int, pidfd: int, report: socket.socket) -> None:
+        """Follow it from its fork on; it says on *report* what goes wrong. Takes over *pidfd* and *report*."""
+        self._pid, self._pidfd, self._report = pid, pidfd, report
+        self._loop.watch(pidfd, self._on_exit)
+        self._loop.watch(report.fileno(), self._on_report)
 
     def fail(self, failure: Failed) -> None:
         """End it: it could not even be sent in."""
@@ -126,21 +143,24 @@ class Command:
 
     def end_with_container(self) -> None:
         """Kill the main process, or let it not begin: the container has ended, and not all are in its pid namespace."""
-        self._doomed = True
-        self._withdraw()
         self._signal(signal.SIGKILL)
-        if self._over:
+        if not self._pid:
+            self._entering = False
+            self._advance()
+        elif self._over:
             # Its background processes ended with the container; a client may hold on to this for as long as it likes.
             self.cgroup.remove()
             self._finish()
 
     def _on_report(self) -> None:
+        assert self._report is not None
         data, fd = packets.receive_beside(self._report)
         if fd >= 0:
             self._take_master(fd)
         if not data:
             self._close_report()
-            if self._pid and self._failure is None:
+            self._entering = False
+            if self._failure is None:
                 self._tell_started()
             self._advance()
             return
@@ -152,39 +172,6 @@ class Command:
             event = Failed(0, "enter", str(exc))
         if isinstance(event, Failed):
             self._failure = event
-        elif isinstance(event, Started) and not self._pid:
-            self._hold(event.pid)
-
-    def _hold(self, pid: int) -> None:
-        """Hold on to the main process; one that there is no descriptor for is ended."""
-        try:
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except OSError:  # not ours: a privileged container's root can trace what enters, and write here
-            return
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError as exc:
-            self._failure = Failed(exc.errno or 0, "enter", f"the command can't be watched: {exc}")
-            self._end_unheld(pid)
-            return
-        self._pid, self._pidfd = pid, pidfd
-        self._loop.watch(pidfd, self._on_exit)
-        if self._doomed:
-            self._signal(signal.SIGKILL)
-
-    def _end_unheld(self, pid: int) -> None:
-        """End a command by the pid of its main process: nobody else can have that before it is reaped here."""
-        self._withdraw()
-        self._close_report()  # there may be no other descriptor for the work
-        os.kill(pid, signal.SIGKILL)
-        if self._kill_tree():
-            os.waitpid(pid, 0)
-        self._advance()
-
-    def _close_report(self) -> None:
-        self._loop.forget(self._report.fileno())
-        self._report.close()
-        self._entering = False
 
     def _take_master(self, fd: int) -> None:
         """Keep the master of the command's terminal for the client, if it is one and the first."""
@@ -228,14 +215,10 @@ class Command:
             self._signal(order.signum)
         elif isinstance(order, KillTree):
             self._kill_tree()
-            if self._over:
-                self.cgroup.remove()
-                self._finish()
-        elif self._over:
+        elif self._over and not self._killing:
             self._finish()  # background processes go on
         else:
-            self._loop.forget(self._control.fileno())
-            self._control.close()
+            self._close_control()
             if self._grace and not self._entering:
                 self._signal(signal.SIGTERM)
                 self._loop.call_later(self._grace, self._end_grace)
@@ -245,11 +228,10 @@ class Command:
     def _end_grace(self) -> None:
         if not self._over:
             self._kill_tree()
-            self._advance()
 
     def _advance(self) -> None:
         """See whether the command is over, and tell the client."""
-        if self._over or self._entering or (self._pid and self._status is None):
+        if self._over or self._entering or self._killing or (self._pid and self._status is None):
             return
         self._over = True
         empty = self.cgroup.remove()  # before the client knows: then nothing of the command is left to be seen
@@ -264,23 +246,34 @@ class Command:
             return Exited(-signal.SIGKILL)
         return Failed(errno.ESRCH, "enter", "the container ended, or the way into it was cut off")
 
-    def _kill_tree(self) -> bool:
-        """Kill all of it; return whether that is done."""
+    def _kill_tree(self) -> None:
         self._killed = True
-        self._withdraw()
         self._signal(signal.SIGKILL)  # a privileged container's root may have left the cgroup
-        if not self.cgroup.kill(KILL_TIMEOUT):
+        if not self._pid:
+            self._entering = False
+        if not self._killing:
+            self._killing = True
+            self._kill_deadline = time.monotonic() + KILL_TIMEOUT
+            self._kill_pause = _KILL_PAUSE
+            self._go_on_killing()
+
+    def _go_on_killing(self) -> None:
+        if self.done:  # with its container
+            return
+        if not self.cgroup.kill():
+            if time.monotonic() < self._kill_deadline:
+                self._loop.call_later(self._kill_pause, self._go_on_killing)
+                self._kill_pause = min(2 * self._kill_pause, _MAX_KILL_PAUSE)
+                return
             text = f"killed processes are still there after {KILL_TIMEOUT:g} s: is the container frozen?"
             self._failure = Failed(errno.EBUSY, "kill", text)
             self._tell(self._failure)
-            return False
-        return True
-
-    def _withdraw(self) -> None:
-        if self._entering:
-            # usher and command look for this end of file: who is born after it ends itself, who was before is killed
-            with contextlib.suppress(OSError):
-                self._report.shutdown(socket.SHUT_WR)
+        self._killing = False
+        if self._over:
+            self.cgroup.remove()
+            self._finish()
+        else:
+            self._advance()
 
     def _signal(self, signum: int) -> None:
         if self._pidfd >= 0:
@@ -291,10 +284,20 @@ class Command:
         with contextlib.suppress(OSError):  # the client has gone, which the next read says too
             self._control.send(event.encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
+    def _close_report(self) -> None:
+        if self._report is not None:
+            self._loop.forget(self._report.fileno())
+            self._report.close()
+            self._report = None
+
+    def _close_control(self) -> None:
+        if self._control.fileno() >= 0:
+            self._loop.forget(self._control.fileno())
+            self._control.close()
+
     def _finish(self) -> None:
         self._close_master()
-        for sock in (self._control, self._report):
-            if sock.fileno() >= 0:
-                self._loop.forget(sock.fileno())
-                sock.close()
+        self._close_report()
+        self._close_control()
         self.done = True
+        self._on_done(self)

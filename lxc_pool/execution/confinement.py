@@ -27,6 +27,18 @@ _LIMITS = tuple(getattr(resource, name) for name in sorted(dir(resource)) if nam
 _UNCONFINED = ("", "unconfined")
 
 
+class Changes(NamedTuple):
+    """What a process has to change to have a confinement's limits.
+
+    Attributes:
+        limits: Limits, each with its soft and its hard value.
+        oom_score_adj: See proc(5); None if it is right.
+    """
+
+    limits: tuple[tuple[int, int, int], ...]
+    oom_score_adj: str | None
+
+
 class Confinement(NamedTuple):
     """The walls around a container's init.
 
@@ -50,56 +62,29 @@ class Confinement(NamedTuple):
     oom_score_adj: str
     label: str | None
 
-    @classmethod
-    def read(cls, pid: int) -> Confinement:
-        """Read it from process *pid*; the caller checks afterwards, by a pidfd, that it was the process it meant.
-
-        Raises:
-            OSError: There is no such process, or its seccomp filters can't be read.
-        """
-        status = dict(line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").splitlines() if ":\t" in line)
-        filtered = status.get("Seccomp", "0") == "2"
-        label = _read_optional(f"/proc/{pid}/attr/apparmor/current").rstrip("\0").rpartition(" (")
-        return cls(
-            flags=sum(flag for kind, flag in _KINDS if _differs(pid, kind)),
-            own_pids=_differs(pid, "pid"),
-            bounding=int(status["CapBnd"], 16),
-            no_new_privs=status.get("NoNewPrivs", "0") == "1",
-            filters=tuple(namespaces.seccomp_filters(pid)) if filtered else (),
-            limits=tuple(resource.prlimit(pid, limit) for limit in _LIMITS),
-            oom_score_adj=_read(f"/proc/{pid}/oom_score_adj"),
-            label=(name if (name := label[0] or label[2]) not in _UNCONFINED else None),
+    def changes(self) -> Changes:
+        """Return what forks of this process have to change."""
+        score = self.oom_score_adj
+        return Changes(
+            tuple(
+                (limit, *values)
+                for limit, values in zip(_LIMITS, self.limits, strict=True)
+                if resource.getrlimit(limit) != values
+            ),
+            score if score != _read("/proc/self/oom_score_adj") else None,
         )
 
-    def apply_to_usher(self) -> None:
-        """Put on, once for all commands, what the usher can bear and its forks inherit.
-
-        Capabilities count as from execve(2) only; those of a user namespace are new, see `apply_inside`.
+    def apply_outside(self, changes: Changes) -> None:
+        """Put on what needs the host's root or /proc: what *changes*, the label of the next execve(2).
 
         Raises:
             OSError: The kernel refused.
         """
-        if self.oom_score_adj != _read("/proc/self/oom_score_adj"):
-            with contextlib.suppress(PermissionError):  # without CAP_SYS_RESOURCE it can only be raised
-                _write("/proc/self/oom_score_adj", self.oom_score_adj)
-        namespaces.limit_capabilities(self.bounding)
-
-    def changed_limits(self) -> tuple[tuple[int, int, int], ...]:
-        """Return those of the limits that this process does not have: the limit, soft, hard."""
-        return tuple(
-            (limit, *values)
-            for limit, values in zip(_LIMITS, self.limits, strict=True)
-            if resource.getrlimit(limit) != values
-        )
-
-    def apply_outside(self, changed: tuple[tuple[int, int, int], ...]) -> None:
-        """Put on what needs the host's root or /proc: the limits that *changed*, the label of the next execve(2).
-
-        Raises:
-            OSError: The kernel refused.
-        """
-        for limit in changed:
+        for limit in changes.limits:
             _set_limit(*limit)
+        if changes.oom_score_adj is not None:
+            with contextlib.suppress(PermissionError):  # without CAP_SYS_RESOURCE it can only be raised
+                _write("/proc/self/oom_score_adj", changes.oom_score_adj)
         if self.label is not None:
             _write("/proc/self/attr/apparmor/exec", f"exec {self.label}")
 
@@ -110,12 +95,52 @@ class Confinement(NamedTuple):
             OSError: The kernel refused.
         """
         namespaces.new_session_keyring()
-        if self.flags & namespaces.CLONE_NEWUSER:
-            namespaces.limit_capabilities(self.bounding)
+        namespaces.limit_capabilities(self.bounding)
         if self.no_new_privs:
             namespaces.set_no_new_privs()
         for code in self.filters:
             namespaces.install_seccomp_filter(code)
+
+
+class Reading:
+    """Read a container's confinement from its init; for its seccomp filters, that has to stand still for a moment."""
+
+    def __init__(self, pid: int) -> None:
+        """Begin; the caller checks afterwards, by a pidfd, that *pid* was the process it meant.
+
+        Raises:
+            OSError: There is no such process, or it can't be traced.
+        """
+        self._pid = pid
+        self._status = dict(line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").splitlines() if ":\t" in line)
+        self._tracee = namespaces.Tracee(pid) if self._status.get("Seccomp", "0") == "2" else None
+
+    def result(self) -> Confinement | None:
+        """Return what was read; None as long as the process does not stand still.
+
+        Raises:
+            OSError: The process has ended, or its seccomp filters can't be read.
+        """
+        pid, status = self._pid, self._status
+        filters = () if self._tracee is None else self._tracee.seccomp_filters()
+        if filters is None:
+            return None
+        label = _read_optional(f"/proc/{pid}/attr/apparmor/current").rstrip("\0").rpartition(" (")
+        return Confinement(
+            flags=sum(flag for kind, flag in _KINDS if _differs(pid, kind)),
+            own_pids=_differs(pid, "pid"),
+            bounding=int(status["CapBnd"], 16),
+            no_new_privs=status.get("NoNewPrivs", "0") == "1",
+            filters=filters,
+            limits=tuple(resource.prlimit(pid, limit) for limit in _LIMITS),
+            oom_score_adj=_read(f"/proc/{pid}/oom_score_adj"),
+            label=(name if (name := label[0] or label[2]) not in _UNCONFINED else None),
+        )
+
+    def close(self) -> None:
+        """Give it up: the process has ended."""
+        if self._tracee is not None:
+            self._tracee.bury()
 
 
 def _set_limit(limit: int, soft: int, hard: int) -> None:

@@ -1,4 +1,7 @@
-"""The last steps of a command, from a fork in the container's cgroups to execve(2).
+"""The way of a command into its container, from a fork of the supervisor's to execve(2).
+
+The v2 cgroup is the one that it is born in (`clone3`), as is the pid namespace, which can't be changed afterwards; the
+v1 cgroups and all other namespaces it enters by itself.
 
 Outside nothing is left behind: every descriptor but the three streams, the report channel and the pidfd is closed
 before the namespaces are entered, and the process stays undumpable until its program runs, so that nobody in the
@@ -13,14 +16,13 @@ import errno
 import fcntl
 import os
 import posix
-import select
 import signal
 import socket
 import stat
 from typing import NamedTuple, NoReturn
 
 from lxc_pool.execution import cgroups, identity, mounting, namespaces, operations, packets, terminal
-from lxc_pool.execution.confinement import Confinement
+from lxc_pool.execution.confinement import Changes, Confinement
 from lxc_pool.execution.protocol import OPENED, ExecRequest, Failed, Terminal
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -37,16 +39,67 @@ class Door(NamedTuple):
     Attributes:
         init_pid: The container's init, which may have ended.
         pidfd: The same, and never another.
-        unified: Whether a command is born in its cgroup; else, in a v1 hierarchy, it has to join it.
+        where: Where it is; a command is born in its cgroup if that is unified, else it has to join it.
         confinement: The walls to put on.
-        changed_limits: See `Confinement.changed_limits`.
+        changes: Those of them that this process differs in.
     """
 
     init_pid: int
     pidfd: int
-    unified: bool
+    where: cgroups.Membership
     confinement: Confinement
-    changed_limits: tuple[tuple[int, int, int], ...]
+    changes: Changes
+
+    @classmethod
+    def into(cls, init_pid: int, pidfd: int, where: cgroups.Membership, confinement: Confinement) -> Door:
+        """Return the way into the container of *init_pid*, for forks of this process."""
+        return cls(init_pid, pidfd, where, confinement, confinement.changes())
+
+
+def fork(request: ExecRequest, fds: tuple[int, int, int, int], cgroup: int, door: Door) -> tuple[int, int]:
+    """Fork a command.
+
+    Args:
+        request: The command, or operation; which stays out of the container's pid namespace, `operations` says why.
+        fds: Its streams, and a SOCK_SEQPACKET socket that `Failed` is sent on.
+        cgroup: The directory of its own cgroup.
+        door: The way in.
+
+    Returns:
+        Its pid, and a pidfd.
+
+    Raises:
+        OSError: The container has ended, or no process may be added.
+    """
+    # what is to be mounted is no stream, and looking at it may take for ever
+    _open_up((fds[1],) if request.operation else fds[:3])
+    outside = request.operation or not door.confinement.own_pids
+    own = -1 if outside else os.pidfd_open(os.getpid())
+    try:
+        if not outside:
+            namespaces.setns(door.pidfd, namespaces.CLONE_NEWPID)  # for children only
+        try:
+            pid, pidfd = namespaces.clone(cgroup if door.where.unified else None)
+            if not pid:
+                enter_and_exec(request, fds, cgroup, door)
+        finally:
+            if not outside:
+                namespaces.setns(own, namespaces.CLONE_NEWPID)
+    finally:
+        if not outside:
+            os.close(own)
+    return pid, pidfd
+
+
+def _open_up(streams: tuple[int, ...]) -> None:
+    """Let the command open its own streams again, as `>/dev/stderr` does.
+
+    A pipe belongs to the client's user alone, whom a container does not know. Who else could reach a pipe's inode, by
+    /proc/PID/fd, may trace that process anyhow.
+    """
+    for fd in streams:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchmod(fd, 0o666)
 
 
 def enter_and_exec(
@@ -63,17 +116,14 @@ def enter_and_exec(
     stage, text = "enter", "entering the container"
     confinement, report = door.confinement, fds[3]
     try:
-        if not door.unified:
-            cgroups.enter(f"/proc/self/fd/{cgroup}")
+        _join_cgroups(door.where, cgroup)
         _arrange_descriptors((*fds, door.pidfd))
         report = _REPORT
-        if is_withdrawn(_REPORT):
-            raise InterruptedError(errno.EINTR, "withdrawn")
         if request.operation:
             own_users = confinement.flags & namespaces.CLONE_NEWUSER
             operations.prepare(request.argv, door.init_pid, _PIDFD if own_users else None)
         os.setsid()
-        confinement.apply_outside(door.changed_limits)
+        confinement.apply_outside(door.changes)
         _enter(confinement.flags)
         _replace_null_devices()
         stage, text = "user", f"becoming user {request.user!r}"
@@ -110,13 +160,6 @@ def enter_and_exec(
         posix._exit(127)  # noqa: SLF001 - that is its name
 
 
-def is_withdrawn(report: int) -> bool:
-    """Tell whether the supervisor has given the command up: it has closed its writing half of *report*."""
-    poller = select.poll()
-    poller.register(report, select.POLLIN)
-    return bool(poller.poll(0))
-
-
 def environment(extra: dict[str, str], user: identity.Identity) -> dict[bytes, bytes]:
     """Return all that a command's environment holds: four defaults, and *extra* over them."""
     defaults = {"PATH": DEFAULT_PATH, "HOME": user.home, "USER": user.name, "LANG": "C.UTF-8"}
@@ -149,6 +192,15 @@ def execute(argv: tuple[str, ...], env: dict[bytes, bytes]) -> NoReturn:
         except OSError as exc:
             found = found or exc
     raise found or missing or FileNotFoundError(2, "no such command")
+
+
+def _join_cgroups(where: cgroups.Membership, cgroup: int) -> None:  # pragma: no cover - as above
+    for directory in where.join:
+        cgroups.enter(directory)
+    if where.pids is not None:
+        cgroups.check_limit(where.pids)
+    if not where.unified:
+        cgroups.enter(f"/proc/self/fd/{cgroup}")
 
 
 def _arrange_descriptors(fds: tuple[int, int, int, int, int]) -> None:  # pragma: no cover - as above

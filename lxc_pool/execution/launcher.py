@@ -1,8 +1,9 @@
-"""The service's side: it starts the agent and sends commands to it.
+"""The service's side: it has the agent fork a supervisor for each user, and sends commands to that.
 
- service's threads ──launch()──► SOCK_SEQPACKET pair ──► agent (a child of the service)
+ service's threads ──launch()──► SOCK_SEQPACKET pair ──► the user's supervisor
+                   ──its other end──► agent (a child of the service) ──fork──┘
 
-The agent is started by the first command, and again when it is found dead. What runs is not its child's child to lose:
+Both are started by the first command, and again when they are found dead. What runs is not the agent's to lose:
 commands go on without agent and service.
 """
 
@@ -22,11 +23,11 @@ from typing import Self
 
 from lxc_pool.errors import ExecFailed
 from lxc_pool.execution import packets
-from lxc_pool.execution.agent import FORGET, HEADER, LAUNCH, PREPARE
 from lxc_pool.execution.protocol import ExecRequest
+from lxc_pool.execution.supervisor import HEADER
 
 SEND_TIMEOUT = 5.0
-"""Seconds that the agent may leave a packet unread before it counts as hung and is replaced. Origin: a guess."""
+"""Seconds that agent or supervisor may leave a packet unread before it counts as hung and is replaced. A guess."""
 
 _NULL_DEVICE = os.makedev(1, 3)
 
@@ -84,11 +85,26 @@ def check_mountable(fd: int) -> None:
         raise ValueError(f"what is to be mounted has to be opened with O_PATH, descriptor {fd} was not")
 
 
+class _Line:
+    """The connection to a supervisor. `lock` guards it: what one thread sends to is not closed by another."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.lock = threading.Lock()
+        self.connection: socket.socket | None = connection
+
+    def close(self) -> None:
+        with self.lock:
+            connection, self.connection = self.connection, None
+            if connection is not None:
+                connection.close()
+
+
 class Launcher:
     """Start commands in containers.
 
-    Threads: any. `_lock` guards `_agent`, `_connection`, `_closed`, and sending: a descriptor that one thread sends to
-    is not closed by another. A packet takes microseconds; SEND_TIMEOUT at most, if the agent hangs.
+    Threads: any. `_lock` guards `_agent`, `_connection`, `_lines`, `_closed`, and sending to the agent; each line has
+    its own, so that one user's supervisor that hangs keeps nobody else waiting. A packet takes microseconds;
+    SEND_TIMEOUT at most, if the other side hangs.
     """
 
     def __init__(self) -> None:
@@ -96,6 +112,7 @@ class Launcher:
         self._lock = threading.Lock()
         self._agent: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self._lines: dict[int, _Line] = {}  # by the user's id
         self._closed = True
 
     def open(self) -> None:
@@ -111,40 +128,44 @@ class Launcher:
         """
         with self._lock:
             self._closed = True
+            lines, self._lines = self._lines, {}
             self._end_agent(timeout)
+        for line in lines.values():
+            line.close()
 
     def launch(
-        self, request: ExecRequest, stdio: tuple[int, int, int], control: int, init_pidfd: int, init_pid: int
+        self, uid: int, request: ExecRequest, descriptors: tuple[int, int, int, int], init: tuple[int, int]
     ) -> None:
         """Start a command; how that goes, its client learns on *control*.
 
         Every descriptor is duplicated: the caller closes its own afterwards, or the client never sees an end of file.
 
         Args:
+            uid: Whose command it is.
             request: What to run.
-            stdio: Its three streams, checked with `check_stdio` here.
-            control: The supervisor's end of the client's SOCK_SEQPACKET pair.
-            init_pidfd: The container's init.
-            init_pid: The same.
+            descriptors: Its three streams, checked with `check_stdio` here, and the supervisor's end of the client's
+                SOCK_SEQPACKET pair.
+            init: The container's: a pidfd, and the pid.
 
         Raises:
             TypeError: A stream is of a kind that may not enter a container.
-            ValueError: A descriptor is not open, or *control* no SOCK_SEQPACKET socket.
-            ExecFailed: There is no agent and none can be started, or the launcher is closed.
+            ValueError: A descriptor is not open, or the last one no SOCK_SEQPACKET socket.
+            ExecFailed: There is no supervisor and none can be started, or the launcher is closed.
         """
-        for fd in stdio:
+        *streams, control = descriptors
+        for fd in streams:
             check_stdio(fd)
         _check_control(control)
-        self._send(LAUNCH, init_pid, request.encode(), [*stdio, control, init_pidfd])
+        self._send(uid, request, [*streams, control], init)
 
-    def mount(self, request: ExecRequest, descriptors: tuple[int, int, int], init_pidfd: int, init_pid: int) -> None:
+    def mount(self, uid: int, request: ExecRequest, descriptors: tuple[int, int, int], init: tuple[int, int]) -> None:
         """Mount something; how that goes, its client learns on *stdout*, and on *control* where it can't be begun.
 
         Args:
+            uid: As for `launch`.
             request: One for `protocol.MOUNT`.
             descriptors: What is to be mounted, a pipe, and the control socket; checked here.
-            init_pidfd: As for `launch`.
-            init_pid: As for `launch`.
+            init: As for `launch`.
 
         Raises:
             TypeError, ValueError, ExecFailed: As `launch`.
@@ -153,27 +174,7 @@ class Launcher:
         check_mountable(source)
         check_stdio(stdout)
         _check_control(control)
-        self._send(LAUNCH, init_pid, request.encode(), [source, stdout, stdout, control, init_pidfd])
-
-    def prepare(self, init_pidfd: int, init_pid: int) -> None:
-        """Make the first command in a container as quick as the next ones, by sending its usher ahead of it.
-
-        It costs two small processes on the host, as the first command does, one of them counted in the container's
-        cgroups, until `forget` or the container's end.
-
-        Raises:
-            ExecFailed: As `launch`.
-        """
-        self._send(PREPARE, init_pid, b"", [init_pidfd])
-
-    def forget(self, init_pid: int) -> None:
-        """End what serves a container's commands, once there are none; good before a container is stopped.
-
-        Raises:
-            ExecFailed: As `launch`.
-        """
-        if self.agent_pid is not None:
-            self._send(FORGET, init_pid, b"", [])
+        self._send(uid, request, [source, stdout, stdout, control], init)
 
     def __enter__(self) -> Self:
         """Open, and close at the end."""
@@ -192,20 +193,50 @@ class Launcher:
         with self._lock:
             return None if self._agent is None else self._agent.pid
 
-    def _send(self, operation: int, init_pid: int, body: bytes, fds: list[int]) -> None:
-        payload = HEADER.pack(operation, init_pid) + body
+    def _send(self, uid: int, request: ExecRequest, fds: list[int], init: tuple[int, int]) -> None:
+        pidfd, pid = init
+        payload = HEADER.pack(pid) + request.encode()
+        for _ in range(2):  # a second time if the supervisor turns out to be dead
+            line = self._line(uid)
+            try:
+                with line.lock:
+                    if line.connection is not None:
+                        packets.send(line.connection, payload, [*fds, pidfd])
+                        return
+            except (ConnectionError, TimeoutError):
+                line.close()
+            with self._lock:
+                if self._lines.get(uid) is line:
+                    del self._lines[uid]
+        raise ExecFailed("the supervisor of this user's commands ends at once; its error is on the service's stderr")
+
+    def _line(self, uid: int) -> _Line:
+        """Return the connection to a user's supervisor, a new one's if there is none."""
         with self._lock:
-            for _ in range(2):  # a second time if the agent turns out to be dead
-                if self._closed:
-                    raise ExecFailed("the launcher of commands is closed: the service is ending")
+            if self._closed:
+                raise ExecFailed("the launcher of commands is closed: the service is ending")
+            line = self._lines.get(uid)
+            if line is None:
+                line = self._lines[uid] = _Line(self._new_supervisor())
+            return line
+
+    def _new_supervisor(self) -> socket.socket:
+        for _ in range(2):  # a second time if the agent turns out to be dead
+            try:
                 if self._connection is None:
                     self._agent, self._connection = _start()
+                ours, its = packets.pair()
+            except OSError as exc:
+                raise ExecFailed(f"the agent that runs commands can't be started: {exc}") from exc
+            ours.settimeout(SEND_TIMEOUT)
+            with its:
                 try:
-                    packets.send(self._connection, payload, fds)
+                    packets.send(self._connection, b"", [its.fileno()])
                 except (ConnectionError, TimeoutError):
+                    ours.close()
                     self._end_agent(0)
                 else:
-                    return
+                    return ours
         raise ExecFailed("the agent that runs commands ends at once; its error is on the service's stderr")
 
     def _end_agent(self, timeout: float) -> None:
@@ -238,9 +269,9 @@ def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
                 pass_fds=(its.fileno(),),
                 start_new_session=True,  # a Ctrl-C at the service's terminal is the service's to handle
             )
-    except OSError as exc:
+    except OSError:
         ours.close()
-        raise ExecFailed(f"the agent that runs commands can't be started: {exc}") from exc
+        raise
     return agent, ours
 
 

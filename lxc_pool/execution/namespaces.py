@@ -6,9 +6,11 @@ interpreter in the state the parent left it in. Source of the numbers: include/u
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+import signal
 import struct
 from typing import Any, NoReturn
 
@@ -21,7 +23,7 @@ CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
-_CLONE_PARENT = 0x00008000
+_CLONE_PIDFD = 0x00001000
 _CLONE_INTO_CGROUP = 0x200000000
 _SYS_CLONE3 = 435  # one number on every architecture since Linux 5.0's table was unified
 _SYS_CLOSE_RANGE = 436
@@ -81,24 +83,24 @@ def setns(fd: int, flags: int) -> None:
     _check(_libc.setns(fd, flags), "setns")
 
 
-def clone_sibling(cgroup: int | None) -> int:
-    """Fork; the child's parent is this process's parent, and its v2 cgroup the directory *cgroup*, with no migration.
+def clone(cgroup: int | None) -> tuple[int, int]:
+    """Fork; the child's v2 cgroup is the directory *cgroup*, with no migration.
 
     Python's fork hooks don't run: the child may make system calls and exec, no more.
 
     Returns:
-        The child's pid; 0 in the child.
+        The child's pid and a pidfd; (0, -1) in the child.
 
     Raises:
         OSError: EAGAIN if a pids limit is reached, ENOSYS before Linux 5.7 or where a filter hides clone3(2).
     """
-    flags = _CLONE_PARENT | (_CLONE_INTO_CGROUP if cgroup is not None else 0)
-    # exit_signal must be 0 with CLONE_PARENT: the child gets this process's own, SIGCHLD
-    args = _CloneArgs(flags=flags, cgroup=cgroup or 0)
+    pidfd = ctypes.c_int(-1)
+    flags = _CLONE_PIDFD | (_CLONE_INTO_CGROUP if cgroup is not None else 0)
+    args = _CloneArgs(flags=flags, pidfd=ctypes.addressof(pidfd), exit_signal=signal.SIGCHLD, cgroup=cgroup or 0)
     pid: int = _libc.syscall(
         ctypes.c_long(_SYS_CLONE3), ctypes.byref(args), ctypes.c_size_t(ctypes.sizeof(args))
     )  # errno is taken below, before anything else is called
-    return _check(pid, "clone3")
+    return _check(pid, "clone3"), pidfd.value if pid else -1
 
 
 def close_all_except(keep: tuple[int, ...]) -> None:
@@ -174,24 +176,45 @@ def new_session_keyring() -> None:
         _libc.syscall(ctypes.c_long(_KEYCTL), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
 
 
-def seccomp_filters(pid: int) -> list[bytes]:
-    """Read the seccomp filters of process *pid*, oldest first; it stands still meanwhile, some 0.1 ms.
+class Tracee:
+    """A process that is being stopped, for its seccomp filters to be read.
 
     Source: ptrace(2), PTRACE_SECCOMP_GET_FILTER (Linux 4.4, CONFIG_CHECKPOINT_RESTORE).
-
-    Raises:
-        OSError: It can't be traced (EPERM: somebody else does), or the kernel can't tell (EIO, ENOSYS, EMEDIUMTYPE).
     """
-    _check(_libc.ptrace(_PTRACE_SEIZE, pid, None, None), "ptrace(SEIZE)")
-    try:
+
+    def __init__(self, pid: int) -> None:
+        """Tell process *pid* to stand still.
+
+        Raises:
+            OSError: It can't be traced; EPERM: somebody else does.
+        """
+        _check(_libc.ptrace(_PTRACE_SEIZE, pid, None, None), "ptrace(SEIZE)")
+        self._pid = pid
         _check(_libc.ptrace(_PTRACE_INTERRUPT, pid, None, None), "ptrace(INTERRUPT)")
-        os.waitpid(pid, _WALL)
-        filters: list[bytes] = []
-        while (code := _seccomp_filter(pid, len(filters))) is not None:
-            filters.append(code)
-        return filters
-    finally:
-        _libc.ptrace(_PTRACE_DETACH, pid, None, None)
+
+    def seccomp_filters(self) -> tuple[bytes, ...] | None:
+        """Return the filters, oldest first, and let go of the process; None as long as it does not stand still.
+
+        Raises:
+            OSError: It has ended, or the kernel can't tell (EIO, ENOSYS, EMEDIUMTYPE).
+        """
+        pid, status = os.waitpid(self._pid, _WALL | os.WNOHANG)
+        if not pid:
+            return None
+        if not os.WIFSTOPPED(status):
+            raise ProcessLookupError(errno.ESRCH, "the process has ended")
+        try:
+            filters: list[bytes] = []
+            while (code := _seccomp_filter(self._pid, len(filters))) is not None:
+                filters.append(code)
+            return tuple(filters)
+        finally:
+            _libc.ptrace(_PTRACE_DETACH, self._pid, None, None)
+
+    def bury(self) -> None:
+        """Take note of the end of the process, which its parent is not told of before."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, _WALL | os.WNOHANG)
 
 
 def install_seccomp_filter(code: bytes) -> None:

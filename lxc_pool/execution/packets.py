@@ -1,4 +1,4 @@
-"""Requests with descriptors between service, agent, supervisor and usher: one packet of a SOCK_SEQPACKET pair each.
+"""Requests with descriptors between service, agent and supervisors: one packet of a SOCK_SEQPACKET pair each.
 
 A packet is limited by the socket's send buffer (208 KiB by default), so a long payload travels as a memfd.
 """

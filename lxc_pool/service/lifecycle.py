@@ -78,8 +78,6 @@ class Member:
         retries: How often its removal has failed; above 0, it is removed by force.
         lost: Whether its init has died before it could be warm.
         endpoint: Its place in the pool's network, its own from the announcement of its building until it is gone.
-        entered: Whether a command has been run in it.
-        prepared: Whether it was made ready for one while it was warm.
     """
 
     name: str
@@ -95,8 +93,6 @@ class Member:
     retries: int = 0
     lost: bool = False
     endpoint: Endpoint | None = None
-    entered: bool = False
-    prepared: bool = False
 
     def move(self, state: State) -> None:
         """Go to another state.

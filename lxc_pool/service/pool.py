@@ -38,13 +38,6 @@ from lxc_pool.service.upkeep import Upkeep
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watch, Watched
 
-_AHEAD = 4
-"""Warm containers of a profile that are ready for their first command, at most. It takes two small processes for each,
-of 1.4 MB (measured). A guess: what two test processes use up while one more is made ready."""
-
-_AHEAD_AT_ONCE = 2
-"""Of those, how many are made ready at the same time: who has run a command may run another. A guess."""
-
 
 class Pool:
     """Keeps containers warm and hands them out.
@@ -279,26 +272,6 @@ class Pool:
             if member.init is None:
                 raise UnknownLease(f"{name} has no init")
             return use(member.init, self._stock.shelf_of(member).profile)
-
-    def note_command(self, name: str, hold: Callable[[Watched], None]) -> None:
-        """Take note that a command is run in a container; at the first one, the next containers are to be made ready.
-
-        A pool whose containers are only taken and given back so does nothing ahead.
-
-        Args:
-            name: The container; it may have ended.
-            hold: Called, with the lock held, with the init of each that the caller is to make ready.
-        """
-        with self._lock:
-            member = self._stock.members.get(name)
-            if member is None or member.entered:
-                return
-            member.entered = True
-            ahead = self._stock.shelf_of(member).upcoming(_AHEAD)
-            unprepared = [(other, other.init) for other in ahead if other.init is not None and not other.prepared]
-            for other, init in unprepared[:_AHEAD_AT_ONCE]:
-                other.prepared = True
-                hold(init)
 
     def containers(self, uid: int | None) -> tuple[ContainerInfo, ...]:
         """Return every container; with ids and owners of the leases of *uid*, or of all if that is None."""

@@ -152,9 +152,8 @@ class PoolService:
         """Do what the holder of a lease asks."""
         scope = caller.peer.lease_scope
         match call:
-            case messages.Execute(name):
-                self._execute(scope, call, descriptors)
-                return caller.after_answer(functools.partial(self._after_command, name))
+            case messages.Execute():
+                return self._execute(caller.peer, call, descriptors)
             case messages.Release(name):
                 return self._pool.release(name, scope, _by(caller.peer))
             case messages.Inspect(name):
@@ -303,7 +302,7 @@ class PoolService:
             except ProcessLookupError as error:
                 raise LeaseExpired(f"{name} has just ended") from error
 
-    def _execute(self, scope: int | None, call: messages.Execute, descriptors: list[int]) -> None:
+    def _execute(self, peer: Peer, call: messages.Execute, descriptors: list[int]) -> None:
         if len(descriptors) != 4:
             raise ValueError(
                 f"a command needs stdin, stdout, stderr and a control socket, not {len(descriptors)} descriptors"
@@ -315,25 +314,10 @@ class PoolService:
         except ProtocolError as error:
             raise ValueError(f"not a command: {error}") from error
         stdin, stdout, stderr, control = descriptors
-        with self._init(call.name, scope) as (pidfd, pid, profile):
+        with self._init(call.name, peer.lease_scope) as (pidfd, pid, profile):
             if profile.env and not request.operation:
                 request = request._replace(env=dict(profile.env) | request.env)
-            self._launcher.launch(request, (stdin, stdout, stderr), control, pidfd, pid)
-
-    def _after_command(self, name: str) -> None:
-        """Make the next containers ready for their first command, if that was the first in *name*."""
-        held: list[tuple[int, int]] = []
-
-        def hold(init: Watched) -> None:
-            with contextlib.suppress(OSError):  # no descriptor is left: those commands may take longer
-                if is_pidfd(init.descriptor):
-                    held.append((os.dup(init.descriptor), init.identity.pid))
-
-        self._pool.note_command(name, hold)
-        for pidfd, pid in held:
-            with contextlib.suppress(ExecFailed):  # the commands will say so
-                self._launcher.prepare(pidfd, pid)
-            os.close(pidfd)
+            self._launcher.launch(peer.uid, request, (stdin, stdout, stderr, control), (pidfd, pid))
 
     def _mount(self, peer: Peer, call: messages.Mount, descriptors: list[int]) -> None:
         if len(descriptors) != 3:
@@ -345,7 +329,7 @@ class PoolService:
         # By the kernel's word who is at the other end, not the client's: whose files these are depends on it.
         request = ExecRequest.for_operation(MOUNT, call.dst, access, str(peer.uid), str(peer.gid))
         with self._init(call.name, peer.lease_scope) as (pidfd, pid, _profile):
-            self._launcher.mount(request, (source, stdout, control), pidfd, pid)
+            self._launcher.mount(peer.uid, request, (source, stdout, control), (pidfd, pid))
         speak, left_out = (True, 0) if peer.is_admin else self.quietly.may_speak(peer.uid)
         if speak:
             trail.record(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 from lxc_pool.backend.protocol import Endpoint
@@ -108,10 +107,6 @@ class Shelf:
         member = self._warm.popleft() if self._warm else self._outdated.popleft()
         self.low = min(self.low, self.counts[State.WARM] - 1)
         return member
-
-    def upcoming(self, count: int) -> Iterator[Member]:
-        """Go through the *count* warm containers that are to be handed out next."""
-        return itertools.islice(itertools.chain(self._warm, self._outdated), count)
 
     def spare(self) -> Member:
         """Return the warm container that is to go first if one has to: an outdated one, or else the newest."""

@@ -134,14 +134,13 @@ def find(service: FaultyService, who: str) -> int:
     (worker,) = working(service)
     supervisor = psutil.Process(worker).parent()
     assert supervisor is not None
-    (usher,) = [child.pid for child in supervisor.children() if child.pid != worker]
     agent = supervisor.parent()
     assert agent is not None
-    pids = {"worker": worker, "usher": usher, "supervisor": supervisor.pid, "agent": agent.pid, "service": service.pid}
+    pids = {"worker": worker, "supervisor": supervisor.pid, "agent": agent.pid, "service": service.pid}
     return pids[who]
 
 
-@pytest.mark.parametrize("victim", ["worker", "usher", "supervisor", "agent", "service", "client"])
+@pytest.mark.parametrize("victim", ["worker", "supervisor", "agent", "service", "client"])
 def test_whoever_dies_meanwhile_leaves_nothing(
     service: FaultyService, leased: Container, hanging: Path, victim: str
 ) -> None:
@@ -157,7 +156,7 @@ def test_whoever_dies_meanwhile_leaves_nothing(
             restart(service)
         elif victim in ("worker", "supervisor"):
             assert "ExecFailed" in client.stdout.readline()
-        if victim in ("usher", "agent", "service"):  # it goes on without them, until its client goes
+        if victim in ("agent", "service"):  # it goes on without them, until its client goes
             assert working(service)
             client.kill()
     eventually(lambda: not working(service), "nothing is under way any more")

@@ -82,7 +82,7 @@ class ExecContainer:
 
     def launch(self, request: ExecRequest, fds: tuple[int, int, int, int]) -> None:
         """Do what the pool's client and service do between them."""
-        self.launcher.launch(request, fds[:3], fds[3], self.init_pidfd, self.init_pid)
+        self.launcher.launch(os.getuid(), request, fds, (self.init_pidfd, self.init_pid))
 
     def run(self, args: Any, **options: Any) -> subprocess.CompletedProcess[Any]:
         return run(self.launch, args, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import shutil
 import signal
@@ -22,9 +23,9 @@ import pytest
 from lxc_pool.client.process import Launch, Process, run
 from lxc_pool.errors import ExecFailed
 from lxc_pool.execution import cgroups, packets
-from lxc_pool.execution.agent import HEADER, LAUNCH, Agent
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.protocol import ExecRequest
+from lxc_pool.execution.supervisor import HEADER, Supervisor
 from tests.lxc.exec_container import ExecContainer, running
 
 PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
@@ -617,6 +618,8 @@ def test_a_killed_agent_is_replaced_and_its_commands_go_on(container: ExecContai
         os.kill(agent, signal.SIGKILL)
         eventually(lambda: is_dead(agent), "the agent")
         assert container.sh("echo again") == "again\n"
+        container.launcher._lines.pop(os.getuid()).close()
+        assert container.sh("echo anew") == "anew\n"
         assert container.launcher.agent_pid != agent
         assert process.communicate(b"still here")[0] == b"still here"
     assert process.returncode == 0
@@ -625,28 +628,99 @@ def test_a_killed_agent_is_replaced_and_its_commands_go_on(container: ExecContai
 def test_commands_outlive_the_launcher(container: ExecContainer) -> None:
     with Launcher() as other:
         process = Process.start(
-            lambda request, fds: other.launch(request, fds[:3], fds[3], container.init_pidfd, container.init_pid),
+            lambda request, fds: other.launch(0, request, fds, (container.init_pidfd, container.init_pid)),
             ["cat"],
             stdin=PIPE,
             stdout=PIPE,
         )
     with pytest.raises(ExecFailed, match="closed"):
-        run(lambda request, fds: other.launch(request, fds[:3], fds[3], container.init_pidfd, 1), ["true"])
+        run(lambda request, fds: other.launch(0, request, fds, (container.init_pidfd, 1)), ["true"])
     assert process.communicate(b"on and on")[0] == b"on and on"
     process.close()
 
 
-def test_a_killed_usher_is_replaced(container: ExecContainer) -> None:
-    with container.popen(["cat"], stdin=PIPE) as process:
+def test_a_user_has_one_supervisor_which_ends_with_the_last_command(
+    container: ExecContainer, own: ExecContainer
+) -> None:
+    """One that somebody hangs, or that is killed, is their own; and a container costs none before its first command."""
+    with Launcher() as launcher, contextlib.ExitStack() as stack:
+
+        def start(uid: int, place: ExecContainer) -> Process:
+            def launch(request: ExecRequest, fds: tuple[int, int, int, int]) -> None:
+                launcher.launch(uid, request, fds, (place.init_pidfd, place.init_pid))
+
+            return stack.enter_context(Process.start(launch, ["cat"], stdin=PIPE))
+
+        mine, mine_too, another = start(1, container), start(1, own), start(2, own)
+        supervisor = parent(mine.pid)
+        assert parent(mine_too.pid) == supervisor
+        assert parent(another.pid) != supervisor
+        launcher.close()
+        mine.communicate(b"")
+        assert not is_dead(supervisor)
+        mine_too.communicate(b"")
+        eventually(lambda: is_dead(supervisor), "the supervisor")
+        another.communicate(b"")
+
+
+def test_a_frozen_container_keeps_no_other_command_waiting(
+    container: ExecContainer, directory: Path, launcher: Launcher
+) -> None:
+    """Not even its first one, for which its init has to stand still."""
+
+    def tell(command: str) -> None:
+        place = ["-P", str(frozen.lxcpath), "-n", frozen.name]
+        subprocess.run([command, *place], check=True, stdin=DEVNULL, timeout=10)
+
+    with running(directory, f"exec-{os.getpid()}-frozen", launcher, seccomp=True) as frozen:
+        tell("lxc-freeze")
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                frozen.run(["touch", "/tmp/given-up"], timeout=0.2)
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(frozen.run, ["echo", "thawed"], stdout=PIPE)
+                assert container.sh("echo warm") == "warm\n"
+                assert not waiting.done()
+                tell("lxc-unfreeze")
+                assert waiting.result(10).stdout == b"thawed\n"
+        finally:
+            tell("lxc-unfreeze")
+        assert frozen.run(["test", "-e", "/tmp/given-up"]).returncode == 1
+
+
+def test_a_container_that_ends_while_its_first_command_waits_ends_that(directory: Path, launcher: Launcher) -> None:
+    with running(directory, f"exec-{os.getpid()}-ended", launcher, seccomp=True) as frozen:
+        place = ["-P", str(frozen.lxcpath), "-n", frozen.name]
+        subprocess.run(["lxc-freeze", *place], check=True, stdin=DEVNULL, timeout=10)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(frozen.run, ["true"])
+            with pytest.raises(subprocess.TimeoutExpired):
+                frozen.run(["true"], timeout=0.2)
+            os.kill(frozen.init_pid, signal.SIGKILL)
+            subprocess.run(["lxc-unfreeze", *place], check=False, stdin=DEVNULL, timeout=10)
+            with pytest.raises(ExecFailed, match="ended"):
+                waiting.result(10)
+    eventually(lambda: not frozen.cgroups(), "cgroups of a stopped container")
+
+
+def test_a_supervisor_without_descriptors_refuses_commands_and_goes_on(container: ExecContainer) -> None:
+    with container.popen(["cat"], stdin=PIPE, stdout=PIPE) as process:
         supervisor = parent(process.pid)
-        process.communicate(b"")
-    # On a version 2 host nothing but this shows that it is the container's: it stays in the host's cgroup there.
-    eventually(lambda: len(descendants(supervisor)) == 1, "one child of the supervisor's, the usher")
-    (usher,) = descendants(supervisor)
-    os.kill(usher, signal.SIGKILL)
-    eventually(lambda: not Path(f"/proc/{usher}").exists(), "the usher")
-    assert container.sh("echo again") == "again\n"
-    assert descendants(supervisor) not in ([], [usher])
+        allowed = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+        outcomes = []
+        for spare in range(13):
+            numbers = map(int, os.listdir(f"/proc/{supervisor}/fd"))
+            resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (max(numbers) + 1 + spare, allowed[1]))
+            try:
+                outcomes.append(container.run(["true"]).returncode)
+            except ExecFailed:
+                outcomes.append(-1)
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, allowed)
+        assert outcomes[0] == -1
+        assert outcomes[-1] == 0
+        assert process.communicate(b"still here")[0] == b"still here"
+    with container.popen(["cat"], stdin=PIPE) as process:
+        assert parent(process.pid) == supervisor
 
 
 def test_a_killed_supervisor_takes_its_command_along(container: ExecContainer) -> None:
@@ -661,21 +735,6 @@ def test_a_killed_supervisor_takes_its_command_along(container: ExecContainer) -
     assert container.sh("echo again") == "again\n"
     for left in own_cgroups(container):
         left.rmdir()
-
-
-def test_prepare_and_forget(own: ExecContainer) -> None:
-    own.launcher.prepare(own.init_pidfd, own.init_pid)
-    assert own.sh("echo one") == "one\n"
-    with own.popen(["cat"], stdin=PIPE, stdout=PIPE) as one:
-        own.launcher.forget(own.init_pid)
-        with own.popen(["cat"], stdin=PIPE, stdout=PIPE) as two:
-            supervisors = {parent(one.pid), parent(two.pid)}
-            assert len(supervisors) == 2
-            family = supervisors | {pid for supervisor in supervisors for pid in descendants(supervisor)}
-            assert two.communicate(b"two")[0] == b"two"
-        assert one.communicate(b"one")[0] == b"one"
-    own.launcher.forget(own.init_pid)
-    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "what was forgotten")
 
 
 def test_a_stopped_container_leaves_no_cgroup_behind(directory: Path, launcher: Launcher) -> None:
@@ -700,14 +759,23 @@ def test_a_frozen_container_does_not_defeat_a_timeout(own: ExecContainer, monkey
     assert own.run(["test", "-e", "/tmp/late"]).returncode == 1
 
 
-def test_bad_packets_do_not_end_the_agent(container: ExecContainer) -> None:
+def test_bad_packets_end_neither_agent_nor_supervisor(container: ExecContainer) -> None:
+    container.run(["true"])
     agent = container.launcher.agent_pid
-    connection = container.launcher._connection
-    assert connection is not None
-    for junk in (b"x", b"i", b"i\1", b"i\7\0\0\0\0", b"i\1\0\0\0\0", b"m", b"i\1\1\0\0\0nonsense" * 9000):
-        with contextlib.suppress(OSError):
-            connection.send(junk)
+    with container.popen(["cat"], stdin=PIPE) as process:
+        supervisor = parent(process.pid)
+    line = container.launcher._lines[os.getuid()]
+    for connection in (container.launcher._connection, line.connection):
+        assert connection is not None
+        for junk in (b"x", b"i", b"i\1", b"i\7\0\0\0\0", b"i\1\0\0\0\0", b"m", b"i\1\1\0\0\0nonsense" * 9000):
+            with contextlib.suppress(OSError):
+                connection.send(junk)
+        packets.send(connection, b"", [0, 0])
     assert container.sh("echo alive") == "alive\n"
+    with container.popen(["cat"], stdin=PIPE) as process:
+        assert parent(process.pid) == supervisor
+    assert container.launcher.agent_pid == agent
+    container.launcher._line(9)
     assert container.launcher.agent_pid == agent
 
 
@@ -725,12 +793,12 @@ def test_a_launch_that_raises_leaves_nothing(container: ExecContainer, tmp_path:
 
 @pytest.fixture
 def v1_launch(own: ExecContainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
-    """Launch by an agent of this process's own, which believes that the host has v1 cgroups only."""
+    """Launch by a supervisor of this process's own, which believes that the host has v1 cgroups only."""
     real = cgroups.membership
 
     def v1_only(pid: int, mounts: dict[frozenset[str], str]) -> cgroups.Membership:
-        join, _, _ = real(pid, mounts)
-        return cgroups.Membership(join, next(place for place in join if "/freezer/" in place), unified=False)
+        where = real(pid, mounts)
+        return where._replace(parent=next(place for place in where.join if "/freezer/" in place), unified=False)
 
     if not any("freezer" in options for options in cgroups.mounted()):
         pytest.skip("this host has no v1 freezer")
@@ -740,13 +808,12 @@ def v1_launch(own: ExecContainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[L
     if not pid:
         with contextlib.suppress(BaseException):
             ours.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            Agent(its, cgroups.mounted()).serve()
+            Supervisor(its, cgroups.mounted()).run()
         os._exit(0)
     its.close()
 
     def launch(request: ExecRequest, fds: tuple[int, int, int, int]) -> None:
-        packets.send(ours, HEADER.pack(LAUNCH, own.init_pid) + request.encode(), [*fds, own.init_pidfd])
+        packets.send(ours, HEADER.pack(own.init_pid) + request.encode(), [*fds, own.init_pidfd])
 
     yield launch
     ours.close()

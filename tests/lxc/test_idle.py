@@ -26,7 +26,7 @@ def test_an_idle_service_and_its_workers_sleep(pool: PoolServiceProxy, shared_se
         container.run(["true"], check=True)
     eventually(lambda: len(pool.containers()) == 3, "what was leased is gone")
     pool.wait_ready()
-    # Whatever the last call has set off comes to rest: the supervisor of a container that is gone ends, too.
+    # Whatever the last call has set off comes to rest.
     processes: list[int] = []
     while processes != (processes := shared_service.marked()):
         time.sleep(0.3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,15 +153,3 @@ def test_a_timeout_that_nobody_lives_to_see_is_none(container: Container, timeou
     process = container.popen(["true"])
     assert process.wait(timeout) == 0
     process.close()
-
-
-def test_the_next_containers_are_made_ready_for_their_first_command(pool: PoolServiceProxy) -> None:
-    """What forks a container's commands is older than its lease; while none was run before, it can't be."""
-    for _ in range(50):
-        began = time.clock_gettime(time.CLOCK_BOOTTIME)
-        with pool.lease("ready") as container, container.popen(["cat"], stdin=PIPE) as command:
-            stat = Path(f"/proc/{command.pid}/stat").read_text().rpartition(")")[2].split()
-            parent = Path(f"/proc/{stat[1]}/stat").read_text().rpartition(")")[2].split()
-        if int(parent[19]) / os.sysconf("SC_CLK_TCK") < began - 0.02:  # ticks are 10 ms
-            return
-    raise AssertionError("each container's supervisor was started by its first command")

@@ -256,8 +256,8 @@ def test_after_a_kill_the_workers_are_gone_and_the_next_service_takes_up_the_res
         before = {info.name for info in pool.containers()}
         workers = len(service.marked())
         service.kill()
-        # What is left belongs to the command that goes on: its supervisor and usher.
-        eventually(lambda: len(service.marked()) <= 2 < workers, "the workers have ended")
+        # What is left belongs to the command that goes on: its user's supervisor.
+        eventually(lambda: len(service.marked()) <= 1 < workers, "the workers have ended")
         assert (service.host_dir / "pool.sock").exists()
         service.start(size=3)
         # The same pool object, the same containers, with all that is in them.

@@ -41,7 +41,6 @@ from lxc_pool import PoolManager, hostdir
 from lxc_pool.config import Config, ProfileConfig
 from lxc_pool.errors import LxcPoolError
 from lxc_pool.execution import launcher, protocol
-from lxc_pool.execution.agent import LAUNCH
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.host.processes import identify
 from lxc_pool.model import ContainerId
@@ -292,10 +291,11 @@ def receive_everything(data: bytes) -> None:
 class _NoLauncher(launcher.Launcher):
     """Checks what it is given, and starts nothing: the `containers` here are the host itself."""
 
-    def _send(self, operation: int, init_pid: int, body: bytes, fds: list[int]) -> None:
-        assert (operation == LAUNCH) is bool(body)
-        if body:
-            assert ExecRequest.decode(body, trusted=True).encode() == body
+    def _send(self, uid: int, request: ExecRequest, fds: list[int], init: tuple[int, int]) -> None:
+        init_pidfd, init_pid = init
+        assert uid == os.getuid()
+        assert ExecRequest.decode(request.encode(), trusted=True) == request
+        os.fstat(init_pidfd)
         assert identify(init_pid).pid == init_pid
         for descriptor in fds:
             os.fstat(descriptor)

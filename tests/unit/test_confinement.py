@@ -7,7 +7,7 @@ import os
 import pytest
 
 from lxc_pool.execution import confinement
-from lxc_pool.execution.confinement import Confinement
+from lxc_pool.execution.confinement import Changes, Confinement, Reading
 
 
 def read(monkeypatch: pytest.MonkeyPatch, said: str | None) -> Confinement:
@@ -22,7 +22,9 @@ def read(monkeypatch: pytest.MonkeyPatch, said: str | None) -> Confinement:
         return said
 
     monkeypatch.setattr(confinement, "_read", answer)
-    return Confinement.read(os.getpid())
+    walls = Reading(os.getpid()).result()
+    assert walls is not None
+    return walls
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def test_a_command_is_executed_under_the_profile_of_init(
 ) -> None:
     written: list[tuple[str, str]] = []
     monkeypatch.setattr(confinement, "_write", lambda path, text: written.append((path, text)))
-    read(monkeypatch, said).apply_outside(())
+    read(monkeypatch, said).apply_outside(Changes((), None))
     assert written == ([] if label is None else [("/proc/self/attr/apparmor/exec", f"exec {label}")])
 
 
@@ -51,4 +53,4 @@ def test_a_profile_that_can_not_be_put_on_is_an_error(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(confinement, "_write", refuse)
     with pytest.raises(FileNotFoundError):
-        read(monkeypatch, "lxc-container-default-cgns (enforce)\n").apply_outside(())
+        read(monkeypatch, "lxc-container-default-cgns (enforce)\n").apply_outside(Changes((), None))

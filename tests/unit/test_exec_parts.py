@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import signal
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,8 @@ from lxc_pool.client.process import Process
 from lxc_pool.client.stdio import Streams
 from lxc_pool.errors import ExecFailed
 from lxc_pool.execution import entry, packets
-from lxc_pool.execution.cgroups import CommandCgroup, Membership, mounted, parse_mounts, plan
-from lxc_pool.execution.command import Command, Loop
-from lxc_pool.execution.confinement import Confinement
+from lxc_pool.execution.cgroups import CommandCgroup, Membership, parse_mounts, plan
+from lxc_pool.execution.confinement import Changes, Confinement
 from lxc_pool.execution.launcher import Launcher
 from lxc_pool.execution.protocol import (
     ExecRequest,
@@ -35,7 +34,6 @@ from lxc_pool.execution.protocol import (
     decode_event,
     decode_order,
 )
-from lxc_pool.execution.supervisor import Container, Supervisor
 from tests.support.descriptors import few_descriptors
 from tests.support.recorded_layouts import LAYOUTS, Host
 
@@ -114,10 +112,11 @@ def test_a_cgroup_without_a_kill_file_is_emptied_process_by_process(tmp_path: Pa
     with subprocess.Popen(["sleep", "1000"]) as process:
         procs.write_text(f"{process.pid}\n")
         # a plain file keeps naming what has ended, as a process that can't be killed would be named
-        assert not cgroup.kill(0.2)
+        assert not cgroup.kill()
         assert process.wait() == -signal.SIGKILL
+        assert not cgroup.kill()
     procs.unlink()
-    assert cgroup.kill(0)
+    assert cgroup.kill()
     assert cgroup.remove()
     assert cgroup.remove()
 
@@ -128,9 +127,9 @@ def test_a_cgroup_that_can_not_be_looked_into_is_not_taken_for_empty(tmp_path: P
     (tmp_path / "command" / "below").mkdir()
     (tmp_path / "command" / "below" / "cgroup.procs").touch()
     with few_descriptors(0):
-        assert not cgroup.kill(0)
+        assert not cgroup.kill()
         assert not cgroup.remove()
-    assert cgroup.kill(0)
+    assert cgroup.kill()
 
 
 def test_processes_that_there_are_too_few_descriptors_for_are_killed_bit_by_bit(tmp_path: Path) -> None:
@@ -160,63 +159,10 @@ def test_processes_that_there_are_too_few_descriptors_for_are_killed_bit_by_bit(
         kernel = threading.Thread(target=be_the_kernel, daemon=True)
         kernel.start()
         with few_descriptors(3):
-            assert cgroup.kill(10)
+            while not cgroup.kill():
+                pass
         kernel.join(10)
     assert not living
-
-
-def test_a_command_that_can_not_be_watched_is_ended_and_its_supervisor_goes_on(tmp_path: Path) -> None:
-    cgroup = CommandCgroup(str(tmp_path), "command")
-    cgroup.create()
-    (tmp_path / "command" / "cgroup.procs").touch()
-    client, control = packets.pair()
-    ushers, report = packets.pair()
-    with client, ushers, subprocess.Popen(["sleep", "1000"]) as main:
-        loop = Loop()
-        command = Command(loop, cgroup, control, report)
-        ushers.send(Started(main.pid).encode())
-        with few_descriptors(0):
-            loop.turn()
-        event = decode_event(client.recv(4096))
-        assert isinstance(event, Failed)
-        assert (event.errno, event.stage) == (errno.EMFILE, "enter")
-        assert command.done
-        with pytest.raises(ChildProcessError):
-            os.waitpid(main.pid, os.WNOHANG)
-
-
-@pytest.mark.parametrize("pid", [0, 1])
-def test_a_pid_that_is_no_child_is_no_commands(tmp_path: Path, pid: int) -> None:
-    client, control = packets.pair()
-    ushers, report = packets.pair()
-    with client, ushers:
-        loop = Loop()
-        command = Command(loop, CommandCgroup(str(tmp_path), "command"), control, report)
-        ushers.send(Started(pid).encode())
-        loop.turn()
-        ushers.close()
-        loop.turn()
-        assert isinstance(decode_event(client.recv(4096)), Failed)
-        assert command.done
-
-
-def test_an_usher_that_can_not_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    def linger(*_arguments: object) -> None:
-        time.sleep(1000)
-
-    def refuse(_pid: int) -> int:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    orders, its = packets.pair()
-    with orders, its:
-        waiting = Supervisor(Container(os.getpid(), -1), mounted(), its)
-        monkeypatch.setattr("lxc_pool.execution.supervisor.usher", linger)
-        monkeypatch.setattr("os.pidfd_open", refuse)
-        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-            waiting._send_usher()
-        waiting._dismiss_usher()
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
 
 
 def test_a_used_cgroup_is_not_removed(tmp_path: Path) -> None:
@@ -282,40 +228,81 @@ def test_a_tree_that_can_not_be_killed_is_said_to_be_there(monkeypatch: pytest.M
 def test_a_control_socket_is_known_for_one_though_no_descriptor_is_left() -> None:
     ours, its = packets.pair()
     with ours, its, open("/dev/null", "rb+") as null:
-        streams = (null.fileno(), null.fileno(), null.fileno())
+        streams, init = (null.fileno(), null.fileno(), null.fileno()), (null.fileno(), 1)
         with few_descriptors(0), pytest.raises(ExecFailed, match="launcher of commands is closed"):
-            Launcher().launch(ExecRequest(("true",), {}), streams, its.fileno(), null.fileno(), 1)
+            Launcher().launch(0, ExecRequest(("true",), {}), (*streams, its.fileno()), init)
         with few_descriptors(0), pytest.raises(ValueError, match="no end of a pair"):
-            Launcher().launch(ExecRequest(("true",), {}), streams, null.fileno(), null.fileno(), 1)
+            Launcher().launch(0, ExecRequest(("true",), {}), (*streams, null.fileno()), init)
         ours.send(b"still open")
         assert its.recv(100) == b"still open"
 
 
-def test_an_agent_that_can_not_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ask() -> Iterator[Callable[[Launcher], None]]:
+    """What has a launcher send some command of a user's."""
+    ours, its = packets.pair()
+    null = os.open(os.devnull, os.O_RDWR)
+    yield lambda launcher: launcher.launch(7, ExecRequest(("true",), {}), (null, null, null, its.fileno()), (null, 1))
+    os.close(null)
+    ours.close()
+    its.close()
+
+
+def test_an_agent_that_can_not_be_started(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Launcher], None]) -> None:
     monkeypatch.setattr("sys.executable", "/no/such/python")
-    with Launcher() as launcher:
-        launcher.forget(1)
-        with pytest.raises(ExecFailed, match="can't be started"):
-            launcher.prepare(0, 1)
+    with Launcher() as launcher, pytest.raises(ExecFailed, match="can't be started"):
+        ask(launcher)
 
 
-def test_an_agent_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise BrokenPipeError
+def test_an_agent_that_ends_at_once(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Launcher], None]) -> None:
+    monkeypatch.setattr("lxc_pool.execution.launcher._BOOTSTRAP", "")
+    real = packets.send
 
-    monkeypatch.setattr(packets, "send", broken)
-    with Launcher() as launcher, pytest.raises(ExecFailed, match="ends at once"):
-        launcher.prepare(0, 1)
+    def late(sock: socket.socket, payload: bytes, fds: list[int]) -> None:
+        select.select([sock], [], [], 10)  # until the agent has ended
+        real(sock, payload, fds)
+
+    monkeypatch.setattr(packets, "send", late)
+    with Launcher() as launcher, pytest.raises(ExecFailed, match="the agent that runs commands ends at once"):
+        ask(launcher)
+
+
+def test_a_supervisor_that_ends_at_once(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Launcher], None]) -> None:
+    deaf = "import socket, sys\nsock = socket.socket(fileno=int(sys.argv[1]))\nwhile sock.recv(9): pass"
+    monkeypatch.setattr("lxc_pool.execution.launcher._BOOTSTRAP", deaf)
+    real = packets.send
+
+    def late(sock: socket.socket, payload: bytes, fds: list[int]) -> None:
+        if payload:
+            select.select([sock], [], [], 10)  # until the agent has let go of the supervisor's end
+        real(sock, payload, fds)
+
+    monkeypatch.setattr(packets, "send", late)
+    with Launcher() as launcher, pytest.raises(ExecFailed, match="supervisor of this user's commands ends at once"):
+        ask(launcher)
 
 
 def test_an_agent_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lxc_pool.execution.launcher._BOOTSTRAP", "import signal; signal.pause()")
     monkeypatch.setattr("lxc_pool.execution.launcher.SEND_TIMEOUT", 0.05)
     with Launcher() as launcher:
-        launcher.prepare(0, 1)
+        launcher._line(0)
         first = launcher.agent_pid
+        uid = 0
         while launcher.agent_pid == first:
-            launcher.prepare(0, 1)
+            uid += 1
+            launcher._line(uid)
+        launcher.close(timeout=0)
+
+
+def test_a_supervisor_that_hangs_keeps_no_other_user_waiting(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[Launcher], None]
+) -> None:
+    monkeypatch.setattr("lxc_pool.execution.launcher._BOOTSTRAP", "import signal; signal.pause()")
+    with Launcher() as launcher:
+        hung = launcher._line(8)
+        with hung.lock:  # as whoever sends to it has
+            ask(launcher)
         launcher.close(timeout=0)
 
 
@@ -360,7 +347,8 @@ def test_a_cgroup_that_can_not_be_entered_is_reported_whatever_number_the_report
     )
     null, no_cgroup = os.open(os.devnull, os.O_RDWR), os.open(tmp_path, os.O_RDONLY)
     with theirs, ours:
-        door = entry.Door(os.getpid(), null, unified=False, confinement=walls, changed_limits=())
+        where = Membership((), str(tmp_path), unified=False)
+        door = entry.Door(os.getpid(), null, where, walls, Changes((), None))
         request = ExecRequest(("true",), {})
         pid = os.fork()
         if pid == 0:  # pragma: no cover - it ends in the function

@@ -728,18 +728,3 @@ def test_of_processes_that_have_nothing_only_some_are_watched_and_all_of_those_t
     again = world.lease(pid=1000).name
     world.watch.kill(world.process(1000))
     assert again not in world.names(State.LEASED)
-
-
-def test_the_first_command_in_a_container_has_the_next_ones_made_ready_a_few_at_a_time() -> None:
-    world = warm_world(8)
-    ready: list[Watched] = []
-    names = [world.lease(str(number)).name for number in range(3)]
-    for count, name in zip((2, 4, 4), names, strict=True):
-        world.pool.note_command(name, ready.append)
-        world.pool.note_command(name, ready.append)
-        assert len(ready) == count
-    assert len({init.identity for init in ready}) == 4
-    used = {info.init_pid for info in world.pool.containers(None) if info.state is State.LEASED}
-    assert not used & {init.identity.pid for init in ready}
-    world.pool.note_command("gone", ready.append)
-    assert len(ready) == 4

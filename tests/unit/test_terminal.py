@@ -115,10 +115,10 @@ def hear(wants: bool, sent: list[tuple[bytes, int]], tmp_path: Path) -> tuple[li
     ours, its = packets.pair()
     report, sender = packets.pair()
     (tmp_path / "command").mkdir()
-    command = Command(loop, CommandCgroup(str(tmp_path), "command"), its, report, wants_terminal=wants)
+    command = Command(loop, CommandCgroup(str(tmp_path), "command"), its, lambda _: None, wants_terminal=wants)
     with ours, sleeper() as process:
+        command.begin(process.pid, os.pidfd_open(process.pid), report)
         with sender:
-            sender.send(Started(process.pid).encode())
             for message, descriptor in sent:
                 packets.send_beside(sender, message, descriptor)
         while command._entering:
