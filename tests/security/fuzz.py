@@ -293,7 +293,7 @@ class _NoLauncher(launcher.Launcher):
 
     def _send(self, uid: int, request: ExecRequest, fds: list[int], init: tuple[int, int]) -> None:
         init_pidfd, init_pid = init
-        assert uid == os.getuid()
+        assert uid >= 0
         assert ExecRequest.decode(request.encode(), trusted=True) == request
         os.fstat(init_pidfd)
         assert identify(init_pid).pid == init_pid
