@@ -621,6 +621,20 @@ def test_one_users_flood_of_calls_is_slowed_down_and_leaves_others_their_speed(s
     assert min(flooded) < 20 * quiet
 
 
+def test_so_is_a_flood_of_connections_each_of_which_counts_as_ten_calls(service: MemoryService) -> None:
+    service.service.pace = Pace(300)
+
+    def flood() -> int:
+        count = 0
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            service.channel().close()
+            count += 1
+        return count
+
+    assert 30 < as_member(ALICE, flood) <= 30 * (1.0 + 1) + 5
+
+
 def test_large_messages_of_one_user_are_taken_a_few_at_a_time(
     service: MemoryService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
