@@ -294,7 +294,7 @@ class _NoLauncher(launcher.Launcher):
     def _send(self, uid: int, request: ExecRequest, fds: list[int], init: tuple[int, int]) -> None:
         init_pidfd, init_pid = init
         assert uid >= 0
-        assert ExecRequest.decode(request.encode(), trusted=True) == request
+        assert ExecRequest.decode(request.encode(), trusted=True).encode() == request.encode()
         os.fstat(init_pidfd)
         assert identify(init_pid).pid == init_pid
         for descriptor in fds:
