@@ -45,8 +45,9 @@ def mounted(kind: str, directory: Path) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(_SIZE)
     subprocess.run([program, *make[1:], image], check=True)
-    # None of them is loaded by being asked for.
-    subprocess.run(["modprobe", "-qa", "loop", kind, "quota_v2"], env={"PATH": path}, check=False)
+    # None of them is loaded by being asked for. Without a modprobe, this is a container, or a kernel without modules.
+    if (modprobe := shutil.which("modprobe", path=path)) is not None:
+        subprocess.run([modprobe, "-qa", "loop", kind, "quota_v2"], check=False)
     done = subprocess.run(["mount", "-o", options, image, directory], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         _lacking[kind] = f"this kernel has no project quotas on {kind} ({wanted}): {done.stderr.splitlines()[0]}"
