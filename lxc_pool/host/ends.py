@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import stat
 import threading
 
@@ -46,6 +47,15 @@ def open_end(identity: ProcessIdentity) -> int:
 def is_pidfd(descriptor: int) -> bool:
     """Return whether what `open_end` has returned is a pidfd, which serves for more than waiting."""
     return not stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+
+
+def kill(identity: ProcessIdentity, descriptor: int) -> None:
+    """Kill a process, whose *descriptor* `open_end` has returned; not an error if it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        if is_pidfd(descriptor):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        elif lives(identity):
+            os.kill(identity.pid, signal.SIGKILL)
 
 
 def lives(identity: ProcessIdentity) -> bool:

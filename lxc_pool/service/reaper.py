@@ -37,11 +37,15 @@ class Reaper:
         else:
             trail.record("reap", name=member.name, reason=reason, was=member.state, profile=member.profile)
         self._leases.strike_out(member)
-        if member.init is not None:
-            self._watch.forget(member.init)
-            member.init = None
+        init, member.init = member.init, None
         member.reason = reason
-        self._stock.move(member, State.REAPING)
+        written = self._stock.move(member, State.REAPING)
+        if init is not None:
+            if not written:
+                # The ledger has it warm or leased. Should this service be killed before a lane comes to it, the next
+                # one sees by its dead init that its time is over.
+                self._watch.end(init)
+            self._watch.forget(init)
 
     def clear(self, reason: Reason) -> None:
         """Reap every warm container."""

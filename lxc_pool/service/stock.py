@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import threading
 from collections import OrderedDict
@@ -94,13 +93,16 @@ class Stock:
         self.members[member.name] = member
         self.shelf_of(member).counts[member.state] += 1
 
-    def move(self, member: Member, state: State) -> None:
+    def move(self, member: Member, state: State) -> bool:
         """Bring a container into another state; see `Member.move`.
+
+        Returns:
+            Whether the ledger knows, if it has to.
 
         Raises:
             BackendError: It was to be leased and the ledger could not be written; it stays where it is.
         """
-        self._record(member, state)
+        known = self._record(member, state)
         counts = self.shelf_of(member).counts
         before = member.state
         member.move(state)
@@ -111,6 +113,7 @@ class Stock:
             self.wake()
         if not counts[before]:  # nobody waits for anything else
             self.changed.notify_all()
+        return known
 
     def drop(self, member: Member) -> None:
         """Forget a container that is gone."""
@@ -143,14 +146,18 @@ class Stock:
     def _shelf(self, profile: ProfileConfig) -> Shelf:
         return Shelf(profile, self._rng, self._fits)
 
-    def _record(self, member: Member, state: State) -> None:
-        """Write a move down before it is made, where a restart would go wrong without it."""
+    def _record(self, member: Member, state: State) -> bool:
+        """Write a move down before it is made, where a restart would go wrong without it; return whether that went."""
         if state is State.LEASED:
             self._put(self._journal.intend, member.entry(state))
         elif state is State.REAPING or (state is State.WARM and member.state is State.BUILDING):
-            # If this can't be written, the older entry stands, and leads the next service to remove the container.
-            with contextlib.suppress(BackendError):
+            # If this can't be written, the older entry stands: of a container that was being built, the next service
+            # removes it; for others see `Reaper.reap`.
+            try:
                 self._write(member, state)
+            except BackendError:
+                return False
+        return True
 
     def _write(self, member: Member, state: State) -> None:
         self._put(self._journal.write, member.entry(state))

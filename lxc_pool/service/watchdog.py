@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from lxc_pool.host.ends import open_end
+from lxc_pool.host.ends import kill, open_end
 from lxc_pool.host.processes import ProcessIdentity
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,9 @@ class Watch(Protocol):
             ProcessLookupError: It has ended already.
             OSError: It can't be watched: there is no descriptor left, say.
         """
+
+    def end(self, watched: Watched) -> None:
+        """Kill a watched process; not an error if it has ended. To be called before it is forgotten."""
 
     def forget(self, watched: Watched) -> None:
         """Stop watching; not an error if the process has ended, or it is forgotten already."""
@@ -153,6 +156,10 @@ class Watchdog:
             self.forget(watched)
             raise
         return watched
+
+    def end(self, watched: Watched) -> None:
+        """See `Watch.end`."""
+        kill(watched.identity, watched.descriptor)
 
     def forget(self, watched: Watched) -> None:
         """See `Watch.forget`."""

@@ -209,6 +209,42 @@ def test_a_container_that_was_removed_while_the_ledger_was_read_only_stays_remov
     assert_healed(service, pool)
 
 
+@pytest.mark.parametrize("known_as", ["leased", "intended", "warm"])
+def test_what_was_released_while_the_ledger_could_not_be_written_is_nobodys_after_a_kill(
+    service: FaultyService, known_as: str
+) -> None:
+    """The ledger knows it as leased, by its row or by the intent alone, or even as warm; no lane has come to it."""
+    pool = service.start(size=4)
+    pool.wait_ready()
+    with pool.lease("held") as held:
+        assert_healed(service, pool, leased=[held.name])
+        if known_as != "leased":
+            service.faults.set_read_only(True)
+        released = pool.get("released", 5)
+        assert released is not None
+        released.run(["true"], check=True)
+        service.faults.set_read_only(True)
+        service.faults.plan("stopping", "hang")
+        released.release()
+        eventually(lambda: service.faults.has_happened("stopping", "hang"), "a lane is about to stop it")
+        others = []
+        if known_as == "warm":
+            service.faults.set_read_only(False)
+            others = [pool.get(number, 5) for number in range(2)]  # their intents take its intent's place
+        service.kill()
+        service.faults.forget()
+        pool = service.start(size=4)
+        names = {info.name for info in pool.containers() if info.state is not State.REAPING}
+        assert released.name not in names
+        held.run(["true"], check=True)
+        for other in others:
+            assert other is not None
+            other.run(["true"], check=True)
+            other.release()
+        assert_healed(service, pool, leased=[held.name])
+    assert_healed(service, pool)
+
+
 @pytest.mark.parametrize("content", [b"no database at all" * 500, b""], ids=["rubbish", "empty"])
 def test_a_ledger_that_is_lost_is_begun_anew_and_the_host_cleaned_of_all_that_it_knew(
     service: FaultyService, content: bytes

@@ -48,6 +48,9 @@ class FakeWatch:
     def forget(self, watched: Watched) -> None:
         self.watched = [other for other in self.watched if other is not watched]
 
+    def end(self, watched: Watched) -> None:
+        self.dead.add(watched.identity)
+
     def kill(self, identity: ProcessIdentity) -> None:
         """Let a process die; whoever watches it is told."""
         self.dead.add(identity)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import select
+import signal
 import threading
 
 import pytest
@@ -68,6 +70,20 @@ def test_who_stops_waiting_closes_the_descriptor(*, pidfds: bool) -> None:
         assert is_readable(again, 10)
         os.close(again)
     eventually(lambda: open_descriptors() == before, "nothing is left")
+
+
+@pytest.mark.usefixtures("pidfds")
+def test_what_is_waited_for_can_be_killed_and_who_has_its_pid_can_not() -> None:
+    with sleeper() as process, sleeper() as other:
+        identity = identify(process.pid)
+        descriptor = ends.open_end(identity)
+        ends.kill(identity, descriptor)
+        assert process.wait(10) == -signal.SIGKILL
+        ends.kill(dataclasses.replace(identity, pid=other.pid, start_ticks=identity.start_ticks - 1), descriptor)
+        assert other.poll() is None
+        os.close(descriptor)
+        other.kill()
+    eventually(lambda: not pollers(), "nobody looks any more")
 
 
 @pytest.mark.usefixtures("pidfds")
