@@ -4,7 +4,7 @@
 
 Limits are lowered from outside, by prlimit(2), at moments that the seed gives. What they meet is up to the machine's
 timing: each fault that a seed has found has a test of its own (`tests/unit/test_lanes.py`, `test_pool.py`,
-`test_processes.py`, `test_exec_parts.py`).
+`test_processes.py`).
 """
 
 from __future__ import annotations

@@ -737,6 +737,23 @@ def test_a_killed_supervisor_takes_its_command_along(container: ExecContainer) -
         left.rmdir()
 
 
+def test_a_supervisor_without_descriptors_starts_nothing_more_and_goes_on_with_what_runs(
+    container: ExecContainer,
+) -> None:
+    with container.popen(["cat"], stdin=PIPE, stdout=PIPE) as process:
+        supervisor = parent(process.pid)
+        most = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+        used = len(os.listdir(f"/proc/{supervisor}/fd"))
+        for spare in range(12):  # a command takes so many, for a moment
+            resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (used + spare, most[1]))
+            with pytest.raises(ExecFailed) if spare < 2 else contextlib.suppress(ExecFailed):
+                container.run(["true"], timeout=10)
+            assert parent(process.pid) == supervisor
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, most)
+        assert container.sh("echo again") == "again\n"
+        assert process.communicate(b"on and on", timeout=10)[0] == b"on and on"
+
+
 def test_a_stopped_container_leaves_no_cgroup_behind(directory: Path, launcher: Launcher) -> None:
     for _ in range(5):
         with running(directory, f"exec-{os.getpid()}-brief", launcher) as made:
