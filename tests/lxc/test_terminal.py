@@ -98,7 +98,7 @@ def sh(container: Container, script: str) -> str:
 def spoil(container: Container, script: str) -> None:
     """Have a container's root run a script; skip the test if what it does to its mounts is denied by liblxc's profile.
 
-    That one is for privileged containers, and for others where ours is not loaded: no mounting of devpts, and no binding.
+    That one is for privileged containers, and for others where ours is not loaded: no mounting of devpts, no binding.
     Its terminals must be of use then. Source: Debian's lxc 5.0.2, /etc/apparmor.d/abstractions/lxc/container-base.
     """
     done = container.run(["sh", "-c", script], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
