@@ -43,6 +43,7 @@ class MemoryBackend:
         present: The names of all containers, up or not.
         history: Every step that was begun, with the container's or image's name.
         consoles: What is in each container's console log, by its name.
+        idle: The names of containers in which nothing but their inits runs.
         versions: The images that there are, each with the number of its newest version.
         kept: What the last collection of images had to keep; None: there was none.
     """
@@ -53,6 +54,7 @@ class MemoryBackend:
         self.present: set[str] = set()
         self.history: list[tuple[Step, str]] = []
         self.consoles: dict[str, bytes] = {}
+        self.idle: set[str] = set()
         self.versions = {"busybox": 1}
         self.kept: frozenset[str] | None = None
         self._sleep = sleep
@@ -128,6 +130,10 @@ class MemoryBackend:
     def log_tail(self, name: str) -> str:
         """See `Backend.log_tail`."""
         return f"{name} in memory"
+
+    def is_idle(self, name: str) -> bool:
+        """See `Backend.is_idle`."""
+        return name in self.idle
 
     def console_log(self, name: str) -> bytes:
         """See `Backend.console_log`."""

@@ -131,6 +131,9 @@ class Backend(Protocol):
     def log_tail(self, name: str) -> str:
         """Return the last of what the engine logged about a container, empty if nothing; as `newest`."""
 
+    def is_idle(self, name: str) -> bool:
+        """Return whether nothing but its init runs in a container; no if that can't be told; as `newest`."""
+
     def console_log(self, name: str) -> bytes:
         """Return the last of what was written to a container's console, empty if nothing; as `newest`.
 

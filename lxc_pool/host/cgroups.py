@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
 import os
 import re
 import select
@@ -155,6 +156,14 @@ def payload_cgroups(
     return tuple(path for base in bases if (path := base / directory).is_dir())
 
 
+def task_count(name: str) -> int | None:
+    """Return how many processes and threads the running container *name* has; None if that can't be told here."""
+    for place in _pids_hierarchies():
+        with contextlib.suppress(OSError, ValueError):
+            return int(_read(f"{place}/lxc.payload.{name}/pids.current"))
+    return None
+
+
 def cgroups_by_container(prefix: str) -> tuple[tuple[str, Path], ...]:
     """Return every cgroup directory that liblxc has made for containers whose names begin so, with the name.
 
@@ -219,6 +228,12 @@ def remove(*paths: Path, timeout: float = 1.0) -> None:
     failures = [failure for path in paths if (failure := _remove(path, deadline))]
     if failures:
         raise DestroyFailed(f"can't remove {'; '.join(failures)}")
+
+
+@functools.cache
+def _pids_hierarchies() -> tuple[Path, ...]:
+    """Return where pids may be counted; it is not looked again whether somebody has mounted more."""
+    return tuple(tree.mount_point for tree in hierarchies() if tree.version == 2 or "pids" in tree.controllers)
 
 
 def _matching(

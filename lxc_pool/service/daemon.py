@@ -120,6 +120,7 @@ def serve(
             ledger,
             new_name=_names(instance).__next__,
             wake=dispatcher.wake,
+            is_idle=backend.is_idle,
             obstacle=lambda min_free: network.obstacle() or _obstacle(state_dir, min_free),
             addresses=network.addresses,
         )

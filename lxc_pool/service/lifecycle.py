@@ -76,6 +76,7 @@ class Member:
         lease: The lease, from RESERVED on until it is reaped.
         session: The connection that a reserved container is offered on; None once it is leased.
         retries: How often its removal has failed; above 0, it is removed by force.
+        wait_until: Monotonic time until which its removal may be put off; None: that was not looked at.
         lost: Whether its init has died before it could be warm.
         endpoint: Its place in the pool's network, its own from the announcement of its building until it is gone.
     """
@@ -91,6 +92,7 @@ class Member:
     session: object | None = None
     reason: str | None = None
     retries: int = 0
+    wait_until: float | None = None
     lost: bool = False
     endpoint: Endpoint | None = None
 

@@ -59,6 +59,7 @@ class Pool:
         new_name: Callable[[], str],
         wake: Callable[[], None],
         obstacle: Callable[[int], str | None] = lambda _min_free: None,
+        is_idle: Callable[[str], bool] = lambda _name: False,
         addresses: AddressBook | None = None,
         rng: random.Random | None = None,
     ) -> None:
@@ -72,6 +73,7 @@ class Pool:
             new_name: Returns a name that no container has or had.
             wake: Called, with the lock held, when `dispatch` should be called soon.
             obstacle: Returns why nothing can be created now, if that is so, given the bytes that have to be free.
+            is_idle: Returns whether nothing but its init runs in a container; called without the lock.
             addresses: Where containers' addresses are from; None: no profile wants one.
             rng: For the jitter of pauses.
         """
@@ -113,6 +115,7 @@ class Pool:
             came_up=self._handoff.put,
             failed=functools.partial(self._reaper.reap, reason=Reason.START_FAILED),
             init_died=self._init_died,
+            is_idle=is_idle,
             awaited=lambda: bool(self._warm_waits),
         )
 

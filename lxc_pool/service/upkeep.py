@@ -22,6 +22,7 @@ from lxc_pool.service.image_check import ImageCheck
 from lxc_pool.service.jobs import CollectJob, CreateJob, DestroyJob, Job, LaneBroken, Outcome, PrepareJob, VerifyJob
 from lxc_pool.service.lanes import Lane
 from lxc_pool.service.lifecycle import Member
+from lxc_pool.service.lull import Lull
 from lxc_pool.service.shelf import Shelf
 from lxc_pool.service.stock import Stock
 from lxc_pool.service.watchdog import Timer, Watch, Watched
@@ -37,10 +38,6 @@ _DESTROY_PAUSES = (0.1, 0.5, 2.0, 10.0, 60.0)
 _OWN_DEADLINE = 0.9
 """Of the time that a creation may take, how much the engine has before it should give up by itself: it can say why,
 while a lane that is killed can't. A guess."""
-
-LULL = 0.05
-"""Seconds without a `get` after which containers are made that can wait: while lanes make some, all else is slower, a
-test of some milliseconds by half (measured). A guess: more than such a test takes, too little to be noticed."""
 
 _ROOM_PAUSE = 2.0
 """Seconds until it is looked again whether an obstacle is gone. A guess: "within seconds" is what the pool promises."""
@@ -83,6 +80,7 @@ class Upkeep:
         came_up: Callable[[Member], None],
         failed: Callable[[Member], None],
         init_died: Callable[[str], None],
+        is_idle: Callable[[str], bool],
         awaited: Callable[[], bool],
     ) -> None:
         """Make it; nothing happens before the first `dispatch`.
@@ -101,6 +99,7 @@ class Upkeep:
             came_up: Called, with the lock held, for a container that is up and watched.
             failed: Called, with the lock held, for one that is not.
             init_died: Called when the init of a container has ended.
+            is_idle: Returns whether nothing but its init runs in a container; called without the lock.
             awaited: Returns, with the lock held, whether somebody waits until the pool is full.
         """
         self.config = config
@@ -117,8 +116,8 @@ class Upkeep:
         self._came_up = came_up
         self._failed = failed
         self._init_died = init_died
-        self._awaited = awaited
-        self._lull_is_looked_for = False
+        self._is_idle = is_idle
+        self._lull = Lull(watch, stock.wake, awaited)
         self._turns = itertools.count(1)
         self._collection_due = True
         self._slots = [Slot(lane) for lane in lanes]
@@ -126,6 +125,7 @@ class Upkeep:
     def dispatch(self) -> None:
         """Give every idle lane what is to be done next."""
         obstacle = self._obstacle(self.config.min_free)
+        self._look_at_released()
         while (pick := self._choose(obstacle)) is not None:
             slot, job = pick
             about_images = isinstance(job, (PrepareJob, CollectJob, VerifyJob))
@@ -150,7 +150,7 @@ class Upkeep:
     def _next_job(self, obstacle: str | None) -> Job | None:
         """Choose: somebody waits → create; else remove what is to be removed; else create; else look at images.
 
-        While containers are asked for and there are plenty, only the first two.
+        While containers are asked for, what of that can wait is put off; see `Lull`.
         """
         stock, now = self._stock, self._watch.now()
         shelves = [] if stock.closed or stock.draining else list(stock.shelves.values())
@@ -175,28 +175,39 @@ class Upkeep:
         for shelf in wanting:
             if shelf.waiters and (creation := self._begin_creation(shelf, now)):
                 return creation
-        if stock.to_reap:
-            name, member = stock.to_reap.popitem(last=False)
-            return DestroyJob(name, force=member.retries > 0)
-        if wanting := self._pressing(wanting, now):
+        put_off = self._lull.is_to_come(shelves)
+        if (member := self._to_remove(put_off=put_off)) is not None:
+            del stock.to_reap[member.name]
+            return DestroyJob(member.name, force=member.retries > 0)
+        if put_off and (wanting or stock.to_reap):
+            self._lull.look_for_it(shelves)
+            wanting = [shelf for shelf in wanting if not shelf.has_plenty]
+        if wanting:
             return self._begin_creation(wanting[0], now)
         return (self._begin_verification(idle=True) if shelves else None) or self._begin_collection()
 
-    def _pressing(self, wanting: list[Shelf], now: float) -> list[Shelf]:
-        """Return those of *wanting* whose containers are to be made now, and not in the next lull."""
-        if not wanting or self._awaited():
-            return wanting
-        lull = max(shelf.last_asked for shelf in wanting) + LULL
-        if now >= lull:
-            return wanting
-        if not self._lull_is_looked_for:
-            self._lull_is_looked_for = True
-            self._watch.call_at(lull, self._look_for_lull)
-        return [shelf for shelf in wanting if not shelf.has_plenty]
+    def _to_remove(self, *, put_off: bool) -> Member | None:
+        """Return the container that is to be removed next, and not in the next lull if what can wait is *put_off*."""
+        stock = self._stock
+        for member in stock.to_reap.values():
+            if not put_off or not self._lull.can_wait(member) or not stock.shelf_of(member).has_plenty:
+                return member
+        return None
 
-    def _look_for_lull(self) -> None:
-        self._lull_is_looked_for = False
-        self._stock.wake()
+    def _look_at_released(self) -> None:
+        """Find out in which released containers nothing runs, so that their removal can wait."""
+        with self._stock.lock:
+            unknown = [
+                member
+                for member in self._stock.to_reap.values()
+                if member.wait_until is None and self._lull.can_wait(member)
+            ]
+            if not unknown or not self._lull.is_to_come(tuple(self._stock.shelves.values())):
+                return
+        idle = [self._is_idle(member.name) for member in unknown]
+        with self._stock.lock:
+            for member, runs_nothing in zip(unknown, idle, strict=True):
+                self._lull.put_off(member, idle=runs_nothing)
 
     def _begin_verification(self, *, idle: bool) -> VerifyJob | None:
         """Have an image compared with its checksum, if one is due; see `ImageCheck`."""

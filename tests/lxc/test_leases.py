@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker
 import pytest
 
 from lxc_pool import AccessDenied, Container, LeaseExpired, PoolServiceProxy, State, UnknownLease
+from lxc_pool.backend.lxc.engine import LxcBackend
 from tests.support import remote
 from tests.support.processes import NOBODY, as_nobody, in_child, sleeper
 from tests.support.real_service import Service
@@ -223,3 +224,21 @@ def test_threads_share_a_pool(pool: PoolServiceProxy) -> None:
     for thread in threads:
         thread.join()
     assert sorted(heard) == list("abcdef")
+
+
+def test_what_runs_on_in_a_released_container_ends_though_others_are_asked_for(service: Service) -> None:
+    """Else it would have the CPUs; one in which nothing runs may wait for a lull."""
+    pool = service.start(size=8)
+    pool.wait_ready()
+    backend = LxcBackend(service.state_dir)
+    container = pool.get("busy", 30)
+    assert container is not None
+    assert backend.is_idle(container.name)
+    container.run(["sh", "-c", "sleep 1000 > /dev/null 2>&1 &"], check=True)
+    assert not backend.is_idle(container.name)
+    with pidfd(container.init_pid) as init:
+        container.release()
+        while not ends(init, timeout=0):
+            with pool.lease("another", 30) as another:
+                another.run(["true"])
+    assert not backend.is_idle("no-such-container")

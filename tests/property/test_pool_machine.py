@@ -208,6 +208,7 @@ class PoolMachine(RuleBasedStateMachine):
             world.journal,
             new_name=lambda: f"run{run}-{next(numbers)}",
             wake=lambda: None,
+            is_idle=world.backend.is_idle,
             rng=random.Random(1),  # noqa: S311  # jitter
         )
         world.pool.restore(judge(entries, world.backend.names(), world.config, world.backend.newest, world.watch.now()))
@@ -215,6 +216,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.tickets.clear()
         self.order.clear()
         self.every_lease_is_its_holders()
+
+    @rule()
+    def nothing_runs_any_more(self) -> None:
+        self.world.backend.idle |= self.world.backend.present
 
     # --- administrators and time --------------------------------------------------------------------------------------
 

@@ -78,6 +78,9 @@ class ProcessBackend:
     def log_tail(self, name: str) -> str:
         return f"{name} is a process"
 
+    def is_idle(self, name: str) -> bool:  # noqa: ARG002  # nothing else ever runs in mere processes
+        return True
+
     def console_log(self, name: str) -> bytes:  # noqa: ARG002  # mere processes have none
         return b""
 

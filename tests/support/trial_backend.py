@@ -87,5 +87,8 @@ class TrialBackend:
     def log_tail(self, name: str) -> str:
         return f"the last words of {name}"
 
+    def is_idle(self, name: str) -> bool:
+        raise NotImplementedError
+
     def console_log(self, name: str) -> bytes:
         raise NotImplementedError

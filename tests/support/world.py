@@ -15,8 +15,8 @@ from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import ContainerInfo, LeaseId, State
 from lxc_pool.service.jobs import Job, Outcome, perform
 from lxc_pool.service.ledger import Entry
+from lxc_pool.service.lull import LULL
 from lxc_pool.service.pool import Pool
-from lxc_pool.service.upkeep import LULL
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Timer, Watched
 
@@ -173,6 +173,7 @@ class World:
             self.journal,
             new_name=lambda: f"c{next(numbers)}",
             wake=lambda: None,
+            is_idle=self.backend.is_idle,
             rng=random.Random(1),  # noqa: S311  # jitter
         )
         self._requests = itertools.count(1)

@@ -25,7 +25,8 @@ from lxc_pool.model import State
 from lxc_pool.service.census import WarmWait
 from lxc_pool.service.jobs import LaneBroken
 from lxc_pool.service.leases import Quota
-from lxc_pool.service.upkeep import LULL
+from lxc_pool.service.lull import LONGEST, LULL
+from lxc_pool.service.pool import Pool
 from lxc_pool.service.waiters import Ticket
 from lxc_pool.service.watchdog import Watched
 from tests.support.world import World
@@ -624,6 +625,68 @@ def test_when_a_quarter_is_left_containers_are_made_though_others_are_asked_for(
         world.lease()
     world.settle()
     assert world.count(State.WARM) > 2
+
+
+def test_while_containers_are_asked_for_a_released_one_in_which_nothing_runs_is_not_removed() -> None:
+    world = warm_world(8)
+    idle, busy = world.lease(), world.lease()
+    world.backend.idle.add(idle.name)
+    for container in (idle, busy):
+        world.pool.release(container.name, None)
+    world.settle()
+    assert world.backend.present >= {idle.name}
+    assert busy.name not in world.backend.present
+    world.advance(LULL)
+    assert idle.name not in world.backend.present
+    assert world.count(State.WARM) == 8
+    assert not world.watch.timers
+
+
+def test_no_removal_is_put_off_for_longer_than_a_second() -> None:
+    world = warm_world(8)
+    idle = world.lease()
+    world.backend.idle.add(idle.name)
+    world.pool.release(idle.name, None)
+    world.settle()
+    released = world.watch.now()
+    while idle.name in world.backend.present:
+        ticket = world.ask()
+        world.pool.take_back(ticket.uid, ticket.request, "session")
+        world.advance(LULL / 4)
+    assert LONGEST <= world.watch.now() - released < LONGEST + 2 * LULL
+
+
+def test_what_was_not_released_or_has_no_plenty_beside_it_is_removed_whoever_asks() -> None:
+    world = warm_world(8)
+    expired = world.lease(ttl=LULL / 2)
+    world.backend.idle |= world.backend.present
+    world.lease()
+    world.advance(LULL / 2)
+    world.lease()
+    assert expired.name not in world.backend.present
+    released = [world.lease().name for _ in range(2)]
+    for name in released:
+        world.pool.release(name, None)
+    world.settle()
+    assert world.backend.present >= set(released)
+    while world.count(State.WARM) > 2:
+        world.lease()
+    world.settle()
+    assert not world.backend.present & set(released)
+
+
+def test_a_pool_that_is_drained_or_whose_filling_is_awaited_puts_nothing_off() -> None:
+    ends: list[Callable[[Pool], object]] = [Pool.drain, lambda pool: pool.await_warm(WarmWait(None, lambda: None))]
+    for end in ends:
+        world = warm_world(8)
+        idle = world.lease()
+        world.backend.idle |= world.backend.present
+        world.pool.release(idle.name, None)
+        world.settle()
+        assert idle.name in world.backend.present
+        end(world.pool)
+        world.settle()
+        assert idle.name not in world.backend.present
 
 
 def test_a_first_filling_waits_for_no_lull() -> None:

@@ -159,6 +159,10 @@ class LxcBackend:
         """See `Backend.log_tail`."""
         return words(self.lxcpath / name, "")
 
+    def is_idle(self, name: str) -> bool:
+        """See `Backend.is_idle`."""
+        return cgroups.task_count(name) == 1
+
     def console_log(self, name: str) -> bytes:
         """See `Backend.console_log`."""
         return console.read(self.lxcpath / name)
