@@ -293,6 +293,9 @@ class Command:
     def _close_control(self) -> None:
         if self._control.fileno() >= 0:
             self._loop.forget(self._control.fileno())
+            # Not by closing alone: a fork that has not let go of its copy yet may be frozen with its own container.
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)
             self._control.close()
 
     def _finish(self) -> None:

@@ -688,6 +688,26 @@ def test_a_frozen_container_keeps_no_other_command_waiting(
         assert frozen.run(["test", "-e", "/tmp/given-up"]).returncode == 1
 
 
+def test_a_command_that_is_frozen_on_its_way_in_holds_nothing_of_another_containers(
+    container: ExecContainer, own: ExecContainer
+) -> None:
+    own.run(["true"])  # the way in is known
+    place = ["-P", str(own.lxcpath), "-n", own.name]
+    with container.popen(["cat"], stdin=PIPE, stdout=PIPE) as running, ThreadPoolExecutor(1) as pool:
+        subprocess.run(["lxc-freeze", *place], check=True, stdin=DEVNULL, timeout=10)
+        try:
+            waiting = pool.submit(own.run, ["true"])
+            eventually(lambda: bool(own_cgroups(own)), "it is on its way")
+            time.sleep(0.3)  # it stands still before it has let go of what is its supervisor's; nothing tells of that
+            running.kill_tree()
+            assert running.wait(5) == -signal.SIGKILL
+            assert running.communicate(timeout=5)[0] == b""
+            assert not waiting.done()
+        finally:
+            subprocess.run(["lxc-unfreeze", *place], check=True, stdin=DEVNULL, timeout=10)
+        assert waiting.result(10).returncode == 0
+
+
 def test_a_container_that_ends_while_its_first_command_waits_ends_that(directory: Path, launcher: Launcher) -> None:
     with running(directory, f"exec-{os.getpid()}-ended", launcher, seccomp=True) as frozen:
         place = ["-P", str(frozen.lxcpath), "-n", frozen.name]

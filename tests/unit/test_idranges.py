@@ -28,6 +28,12 @@ def test_a_range_has_one_holder_until_it_is_given_back(registry: Path) -> None:
     assert [who for _path, who in held(registry=registry)] == ["c"]
 
 
+def test_a_range_that_another_takes_just_then_is_passed_over(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idranges, "taken", lambda **_where: frozenset())  # looked before the others took theirs
+    assert len({take(name, registry=registry, subids=()) for name in "abc"}) == 3
+    assert [who for _path, who in held(registry=registry)] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("base", [1, SIZE - 1, SIZE, SIZE + 1, idranges.DEFAULT_BASE + 12345])
 def test_services_with_different_bases_never_overlap(registry: Path, base: int) -> None:
     usual = idranges.DEFAULT_BASE

@@ -266,6 +266,15 @@ def test_links_in_place_of_directories_are_not_followed(tmp_path: Path) -> None:
     assert elsewhere.newest("toy") is None
 
 
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    store = toy_store(tmp_path)
+    store.directory.mkdir()
+    (store.directory / ".lock-toy").symlink_to(tmp_path / "made")
+    with pytest.raises(ImageError, match="can't use the image directory"):
+        store.build("toy", silent)
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"format": 2}', '{"format": 1, "name": "x", "version": "y"}'])
 def test_a_version_without_a_sound_manifest_is_passed_over(tmp_path: Path, text: str | None) -> None:
     store = toy_store(tmp_path)
