@@ -49,13 +49,13 @@ def is_pidfd(descriptor: int) -> bool:
     return not stat.S_ISFIFO(os.fstat(descriptor).st_mode)
 
 
-def kill(identity: ProcessIdentity, descriptor: int) -> None:
-    """Kill a process, whose *descriptor* `open_end` has returned; not an error if it has ended."""
+def send(number: signal.Signals, identity: ProcessIdentity, descriptor: int) -> None:
+    """Send a signal to a process, whose *descriptor* `open_end` has returned; not an error if it has ended."""
     with contextlib.suppress(ProcessLookupError):
         if is_pidfd(descriptor):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            signal.pidfd_send_signal(descriptor, number)
         elif lives(identity):
-            os.kill(identity.pid, signal.SIGKILL)
+            os.kill(identity.pid, number)
 
 
 def lives(identity: ProcessIdentity) -> bool:

@@ -35,8 +35,8 @@ class Trace:
 
     Attributes:
         kind: What it is.
-        name: The container that it belongs to; the device's, rules' or semaphore's own name; or the path of a socket or
-            of an image.
+        name: The container that it belongs to; the device's, rules' or semaphore's own name; the path of a socket or
+            of an image; or `pid N` of one of the service's own processes.
         detail: Where or what it is, for people.
         age: Seconds since it came to be; 0 or infinite where that can't be told. It is of cgroups, whose times are of
             when the kernel has read them in last, and again after it was short of memory (measured; Source: Linux
@@ -132,8 +132,7 @@ def _process(pid: int, name: str) -> Trace | None:
     try:
         process = psutil.Process(pid)
         words = " ".join(process.cmdline()) or process.name()
-        age = max(0.0, time.time() - process.create_time())
-        return Trace("process", name, f"{pid} {words[:80].strip()}", age, process=identify(pid))
+        return Trace("process", name, f"{pid} {words[:80].strip()}", age_of_process(pid), process=identify(pid))
     except (psutil.Error, ProcessLookupError):
         return None
 
@@ -231,6 +230,14 @@ def _sockets(host_dir: Path) -> Iterator[Trace]:
     for path in hostdir.left_by_a_killed_service(host_dir):
         if os.path.lexists(path):
             yield Trace("socket", str(path), f"{path}: no service runs here", age(path), path=path)
+
+
+def age_of_process(pid: int) -> float:
+    """Return for how many seconds a process has been there; 0 if it is no more."""
+    try:
+        return max(0.0, time.time() - psutil.Process(pid).create_time())
+    except psutil.Error:
+        return 0.0
 
 
 def age(path: Path) -> float:

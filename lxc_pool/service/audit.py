@@ -16,7 +16,8 @@ from pathlib import Path
 from lxc_pool import hostdir
 from lxc_pool.backend.lxc import discarded, removal
 from lxc_pool.errors import BackendError, HostDirError, LxcPoolError
-from lxc_pool.host import bridge, firewall, locks, residue
+from lxc_pool.host import bridge, firewall, locks, own_processes, residue
+from lxc_pool.host.own_processes import OwnProcess
 from lxc_pool.host.processes import ProcessIdentity, identify
 from lxc_pool.host.residue import Trace
 from lxc_pool.images.store import ImageStore
@@ -70,6 +71,7 @@ def audit(state_dir: Path, host_dir: Path, *, everything: bool = False) -> Repor
     if instance is None:
         return Report((), None)
     lxcpath = state_dir / "containers"
+    own = own_processes.left(instance)
     discarded_before = residue.discarded(name_prefix(instance), lxcpath)
     found = (*residue.traces(name_prefix(instance), lxcpath, host_dir), *_partial_images(state_dir))
     running = running_service(state_dir)
@@ -80,7 +82,19 @@ def audit(state_dir: Path, host_dir: Path, *, everything: bool = False) -> Repor
     findings = [trace for trace in found if trace.name not in owned and residue.is_there(trace)]
     if running is not None:
         findings = _without_ending(findings)
-    return Report(tuple(findings), running)
+    return Report((*_left_behind(own, entries), *findings), running)
+
+
+def _left_behind(own: Iterable[OwnProcess], entries: Iterable[Entry]) -> list[Trace]:
+    """Return the processes of a service that has ended, but for those that serve live leases, or are about to end."""
+    inits = {entry.init.pid for entry in entries if entry.init is not None and _is_live_lease(entry)}
+    return _without_ending([_trace_of(process) for process in own if not process.is_needed(inits)])
+
+
+def _trace_of(process: OwnProcess) -> Trace:
+    pid = process.identity.pid
+    detail = f"{pid} {process.words}: of the service with pid {process.service.pid}, which has ended"
+    return Trace("process", f"pid {pid}", detail, residue.age_of_process(pid), process=process.identity)
 
 
 def _partial_images(state_dir: Path) -> Iterator[Trace]:
@@ -155,6 +169,8 @@ def clean(
                 _remove_netdev(trace, report, state_dir)
             elif trace.is_semaphore:
                 _remove_semaphore(trace)
+            elif trace.process is not None and not trace.of_container:
+                own_processes.end(trace.process)
             elif not trace.of_container:
                 ImageStore(state_dir / "images").sweep()
             else:

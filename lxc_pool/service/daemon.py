@@ -17,21 +17,21 @@ import resource
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from lxc_pool.backend.protocol import Backend
 from lxc_pool.config import Config
 from lxc_pool.execution.launcher import Launcher
-from lxc_pool.host import residue
+from lxc_pool.host import own_processes, residue
 from lxc_pool.model import State
 from lxc_pool.service import authkey, directories
 from lxc_pool.service.access import Policy
 from lxc_pool.service.directories import name_prefix
 from lxc_pool.service.dispatcher import Dispatcher
 from lxc_pool.service.lanes import ProcessLane
-from lxc_pool.service.ledger import Ledger
+from lxc_pool.service.ledger import Entry, Ledger
 from lxc_pool.service.ledger import read as read_ledger
 from lxc_pool.service.network import pool_network
 from lxc_pool.service.pool import Pool
@@ -106,12 +106,14 @@ def serve(
         watchdog = Watchdog()
         watchdog.open()
         stack.callback(watchdog.close)
+        stack.enter_context(own_processes.marked(instance))
         stack.enter_context(fork_server_in(host_dir, name_prefix(instance)))
         lanes, sweeper = _workers(stack, backend, config.workers)
         dispatcher = Dispatcher(lambda: pool.dispatch())  # noqa: PLW0108  # the pool comes two lines on
         ledger = Ledger(state_dir / "ledger.db")
         stack.callback(ledger.close)
         entries = ledger.open()
+        _end_left(instance, entries)
         network = stack.enter_context(pool_network(config, instance, functools.partial(read_ledger, ledger.path)))
         pool = Pool(
             config,
@@ -148,7 +150,7 @@ def serve(
             stop=_stopper(ending, server),
         )
         server.attach(service, pool)
-        with _signals(ending, server), _emptied(pool, service, ending, server):
+        with _signals(ending, server), _emptied(pool, service, ending, server, instance):
             server.socket_listener.open_to(group)
             server.open()
             dispatcher.wake()
@@ -174,6 +176,18 @@ def _workers(stack: contextlib.ExitStack, backend: Backend, number: int) -> tupl
         lane.open()
         stack.callback(lane.close)
     return lanes, sweeper
+
+
+def _end_left(instance: str, entries: Sequence[Entry]) -> None:
+    """End what an earlier service has left of its own processes, because somebody had stopped them, say.
+
+    Those that run commands of leases stay.
+    """
+    inits = {entry.init.pid for entry in entries if entry.init is not None and entry.lease is not None}
+    for process in own_processes.left(instance):
+        if not process.is_needed(inits):
+            log.info("ended what the service with pid %s has left: %s", process.service.pid, process.words)
+            own_processes.end(process.identity)
 
 
 def _made(backend: Backend, instance: str, state_dir: Path) -> set[str]:
@@ -211,7 +225,7 @@ def _obstacle(state_dir: Path, min_free: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _emptied(pool: Pool, service: PoolService, ending: Ending, server: PoolServer) -> Iterator[None]:
+def _emptied(pool: Pool, service: PoolService, ending: Ending, server: PoolServer, instance: str) -> Iterator[None]:
     """Empty the pool at the end of the block, also if that fails: leases are left to the next service then."""
     try:
         yield
@@ -220,6 +234,7 @@ def _emptied(pool: Pool, service: PoolService, ending: Ending, server: PoolServe
         raise
     finally:
         service.stopping = True
+        own_processes.let_go_on(instance)
         _end(pool, ending, server)
 
 

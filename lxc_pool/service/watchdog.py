@@ -18,12 +18,13 @@ import itertools
 import logging
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
 
-from lxc_pool.host.ends import kill, open_end
+from lxc_pool.host.ends import open_end, send
 from lxc_pool.host.processes import ProcessIdentity
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Watchdog:
 
     def end(self, watched: Watched) -> None:
         """See `Watch.end`."""
-        kill(watched.identity, watched.descriptor)
+        send(signal.SIGKILL, watched.identity, watched.descriptor)
 
     def forget(self, watched: Watched) -> None:
         """See `Watch.forget`."""

@@ -43,6 +43,7 @@ class ProcessBackend:
         # The shell ends at once: its child is nobody's, as a container's monitor is, and holds nothing of the worker's.
         started = subprocess.run(
             ["sh", "-c", "sleep infinity >/dev/null 2>&1 & echo $!"],
+            env={"PATH": os.environ["PATH"]},  # what has the service's is the service's own, see `host.own_processes`
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,

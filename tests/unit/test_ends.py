@@ -77,9 +77,9 @@ def test_what_is_waited_for_can_be_killed_and_who_has_its_pid_can_not() -> None:
     with sleeper() as process, sleeper() as other:
         identity = identify(process.pid)
         descriptor = ends.open_end(identity)
-        ends.kill(identity, descriptor)
+        ends.send(signal.SIGKILL, identity, descriptor)
         assert process.wait(10) == -signal.SIGKILL
-        ends.kill(dataclasses.replace(identity, pid=other.pid, start_ticks=identity.start_ticks - 1), descriptor)
+        ends.send(signal.SIGKILL, dataclasses.replace(identity, pid=other.pid), descriptor)
         assert other.poll() is None
         os.close(descriptor)
         other.kill()
