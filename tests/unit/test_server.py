@@ -287,18 +287,14 @@ class RecordingLauncher:
     """A `Launcher` that starts nothing, and says who it was asked for."""
 
     def __init__(self) -> None:
-        self.launched: list[tuple[ExecRequest, int]] = []
-        self.prepared: list[int] = []
+        self.launched: list[tuple[int, ExecRequest, int]] = []
 
     def launch(
-        self, request: ExecRequest, _stdio: tuple[int, int, int], _control: int, init_pidfd: int, init_pid: int
+        self, uid: int, request: ExecRequest, _descriptors: tuple[int, int, int, int], init: tuple[int, int]
     ) -> None:
+        init_pidfd, init_pid = init
         assert f"Pid:\t{init_pid}\n" in Path(f"/proc/self/fdinfo/{init_pidfd}").read_text()
-        self.launched.append((request, init_pid))
-
-    def prepare(self, init_pidfd: int, init_pid: int) -> None:
-        assert f"Pid:\t{init_pid}\n" in Path(f"/proc/self/fdinfo/{init_pidfd}").read_text()
-        self.prepared.append(init_pid)
+        self.launched.append((uid, request, init_pid))
 
 
 def test_a_command_is_handed_on_with_its_descriptors_and_the_containers_init(
@@ -319,7 +315,7 @@ def test_a_command_is_handed_on_with_its_descriptors_and_the_containers_init(
             assert messages.decode_reply(call, channel.recv_bytes()) is None
 
         execute(messages.Execute(info.name, request.encode()), descriptors)
-        assert launcher.launched == [(request, info.init_pid)]
+        assert launcher.launched == [(os.geteuid(), request, info.init_pid)]
         with pytest.raises(ValueError, match="not a command"):
             execute(messages.Execute(info.name, b"nonsense"), descriptors)
         with pytest.raises(UnknownLease):
