@@ -29,6 +29,7 @@ from pathlib import Path
 
 from lxc_pool import PoolManager, PoolServiceProxy
 from tests.support.netlab import Namespace
+from tests.support.waiting import ends, pidfd
 
 ROOT = Path(__file__).resolve().parents[2]
 """The project's; `python -m lxc_pool` there runs the code under test."""
@@ -229,8 +230,15 @@ class Service:
     def kill(self) -> None:
         """Kill the service's process, and that alone, as the kernel's out-of-memory killer does."""
         assert self.process is not None
-        self.process.kill()
-        self.wait()
+        with contextlib.ExitStack() as stack:
+            threads = Path(f"/proc/{self.pid}/task").iterdir()
+            children = [int(pid) for thread in threads for pid in _read(f"{thread}/children").split()]
+            # The fork server and the resource tracker end by themselves, and take a moment for it; agents live on.
+            enders = [pid for pid in children if b"from multiprocessing." in _read(f"/proc/{pid}/cmdline")]
+            descriptors = [stack.enter_context(pidfd(pid)) for pid in enders]
+            self.process.kill()
+            self.wait()
+            assert all(ends(descriptor) for descriptor in descriptors), "the fork server has to end"
 
     def marked(self) -> list[int]:
         """Return the pids of all processes that the service has started, directly or not, but containers'."""
