@@ -346,6 +346,7 @@ def test_containers_stay_apart_when_somebody_flushes_all_rules(images: Path, att
             pool.wait_ready()
             first, second = Station(one, attack_program), Station(two, attack_program)
             with second.serving():
+                reached: set[str] = set()
                 for _ in range(10):
                     lab.host.run("nft", "flush", "ruleset")
                     reached = first.reached((second.ip, 80), (UPLINK, HOST_PORT))
