@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,6 +26,9 @@ Mounts = dict[frozenset[str], str]
 
 UNIFIED = ""
 """How /proc/PID/cgroup names the v2 hierarchy."""
+
+COMMANDS = "lxc_pool."
+"""What the names of commands' cgroups begin with."""
 
 
 class Membership(NamedTuple):
@@ -98,6 +102,32 @@ def plan(own: str, its: str, mounts: Mounts) -> Membership:
     if parent is None:
         raise FileNotFoundError(2, "neither a v2 nor a freezer cgroup hierarchy is mounted to hold the command")
     return Membership(tuple(join), parent, unified is not None, pids)
+
+
+def payload(directory: str) -> str:
+    """Return the cgroup of the container that *directory* is in: init may have made one of its own below it."""
+    found = re.match(r".*?/lxc\.payload\.[^/]*", directory)  # its name is liblxc's choice
+    return found[0] if found else directory
+
+
+def pids_of_no_command(directory: str) -> set[int]:
+    """Return the processes in a container's cgroup *directory* and below, but for what is in the cgroup of a command.
+
+    That is a directory of ours: root of a container in a user namespace may take its name, but not its owner.
+
+    Raises:
+        OSError: One can't be looked into.
+    """
+    found: set[int] = set()
+    places = [directory]
+    while places:
+        place = places.pop()
+        found |= cgroup_tree.own_pids(place)
+        for child in cgroup_tree.children(place):
+            with contextlib.suppress(FileNotFoundError):  # it has been removed meanwhile
+                if not (os.path.basename(child).startswith(COMMANDS) and os.stat(child).st_uid == os.geteuid()):
+                    places.append(child)
+    return found
 
 
 def enter(directory: str) -> None:

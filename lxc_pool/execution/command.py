@@ -2,7 +2,7 @@
 
  waiting ── begin ──► entering ── report's end of file ──► running ── main process reaped ──► over ──► done
     └──── fail, killed ──┴─── Failed ────────────────────────────────────────────────────────────┘
-                                                                  (once nobody is left, or its client has gone)
+                                                                  (once it is killed, or its client has gone)
 
 The client may signal the main process while it runs, and kill the tree at any time; that this is done it hears by the
 end of the connection (after `Exited`, if that was still due). The client's end kills the tree too, except once the
@@ -34,6 +34,7 @@ from lxc_pool.execution.protocol import (
     decode_event,
     decode_order,
 )
+from lxc_pool.execution.strays import Hunt
 
 KILL_TIMEOUT = 10.0
 """Seconds that a killed tree has to be gone in. Origin: a guess; a process in a frozen v1 cgroup never is."""
@@ -86,16 +87,22 @@ class Loop:
 
 
 class Command:
-    """One command; it is `done` once the supervisor may forget it."""
+    """One command.
+
+    Attributes:
+        done: The supervisor may forget it.
+        is_empty: It is over, and its cgroup is empty; it waits for nothing but an order to kill what has left that.
+    """
 
     def __init__(
         self,
         loop: Loop,
         cgroup: CommandCgroup,
         control: socket.socket,
+        hunt: Hunt,
         on_done: Callable[[Command], None],
-        grace: float = 0.0,
         *,
+        grace: float = 0.0,
         wants_terminal: bool = False,
     ) -> None:
         """Let it wait.
@@ -104,15 +111,18 @@ class Command:
             loop: What calls back.
             cgroup: Its own, which may not exist yet.
             control: The client; it is closed in the end.
+            hunt: For what is killed with it, and not in its cgroup.
             on_done: Called when it is done.
             grace: Seconds that it has, once the client is gone, to end by itself after a SIGTERM.
             wants_terminal: Whether it sends out a master, which goes to the client.
         """
         self.done = False
+        self.is_empty = False
         self._grace = grace
         self._wants_terminal = wants_terminal
         self._master = -1
         self.cgroup = cgroup
+        self._hunt = hunt
         self._loop = loop
         self._control = control
         self._report: socket.socket | None = None
@@ -127,6 +137,7 @@ class Command:
         self._kill_deadline = 0.0
         self._kill_pause = _KILL_PAUSE
         self._over = False
+        self._container_ended = False
         loop.watch(control.fileno(), self._on_control)
 
     def begin(self, pid: int, pidfd: int, report: socket.socket) -> None:
@@ -143,6 +154,7 @@ class Command:
 
     def end_with_container(self) -> None:
         """Kill the main process, or let it not begin: the container has ended, and not all are in its pid namespace."""
+        self._container_ended = True
         self._signal(signal.SIGKILL)
         if not self._pid:
             self._entering = False
@@ -236,8 +248,11 @@ class Command:
         self._over = True
         empty = self.cgroup.remove()  # before the client knows: then nothing of the command is left to be seen
         self._tell(self._failure or self._end())
-        if empty or self._killed or self._control.fileno() < 0:
-            self._finish()
+        ran = self._status is not None
+        if (empty and (self._container_ended or not ran)) or self._killed or self._control.fileno() < 0:
+            self._finish()  # else the client may still want to kill what came of it, wherever that is
+        else:
+            self.is_empty = empty
 
     def _end(self) -> Exited | Failed:
         if self._status is not None:
@@ -248,7 +263,7 @@ class Command:
 
     def _kill_tree(self) -> None:
         self._killed = True
-        self._signal(signal.SIGKILL)  # a privileged container's root may have left the cgroup
+        self._signal(signal.SIGKILL)  # our child is found wherever it has gone
         if not self._pid:
             self._entering = False
         if not self._killing:
@@ -260,7 +275,7 @@ class Command:
     def _go_on_killing(self) -> None:
         if self.done:  # with its container
             return
-        if not self.cgroup.kill():
+        if not (self.cgroup.kill() and self._hunt.go_on()):
             if time.monotonic() < self._kill_deadline:
                 self._loop.call_later(self._kill_pause, self._go_on_killing)
                 self._kill_pause = min(2 * self._kill_pause, _MAX_KILL_PAUSE)

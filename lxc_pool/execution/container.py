@@ -14,11 +14,12 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lxc_pool.execution import cgroups, entry, operations, packets
+from lxc_pool.execution import cgroups, entry, operations, packets, strays
 from lxc_pool.execution.command import Command, Loop
 from lxc_pool.execution.confinement import Reading
 from lxc_pool.execution.protocol import ExecRequest, Failed, ProtocolError, is_operation, wants_terminal
@@ -66,8 +67,8 @@ class Container:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there are commands."""
-        return bool(self._commands)
+        """Whether there are commands that somebody is in."""
+        return not all(command.is_empty for command in self._commands)
 
     @property
     def has_ended(self) -> bool:
@@ -87,9 +88,16 @@ class Container:
             _close(fds)
             return
         self._count += 1
-        cgroup = cgroups.CommandCgroup(self._where.parent, f"lxc_pool.{os.getpid()}.{self._count}")
-        grace = operations.GRACE if is_operation(request) else 0.0
-        command = Command(self._loop, cgroup, control, self._on_done, grace, wants_terminal=wants_terminal(request))
+        cgroup = cgroups.CommandCgroup(self._where.parent, f"{cgroups.COMMANDS}{os.getpid()}.{self._count}")
+        command = Command(
+            self._loop,
+            cgroup,
+            control,
+            strays.Hunt(cgroups.payload(self._where.parent), strays.mark(), self._give_up),
+            self._on_done,
+            grace=operations.GRACE if is_operation(request) else 0.0,
+            wants_terminal=wants_terminal(request),
+        )
         self._commands.append(command)
         self._waiting.append(_Waiting(command, request, fds))
         if len(self._waiting) == 1:
@@ -181,6 +189,16 @@ class Container:
             command.fail(_not_entered(exc))
         finally:
             _close(mine)  # the command's copy of report is now the last: its execve is our end of file
+
+    def _give_up(self) -> None:
+        """End the container: what has left the cgroup of a command that was killed can't be ended otherwise."""
+        sys.stderr.write(
+            f"lxc_pool: the container of init {self._init_pid} is ended: what had left the cgroup of a command went on "
+            f"for {strays.TIMEOUT:g} s while it was killed\n"
+        )
+        if not self._ended:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _on_done(self, command: Command) -> None:
         self._commands.remove(command)

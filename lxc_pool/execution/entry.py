@@ -21,7 +21,7 @@ import socket
 import stat
 from typing import NamedTuple, NoReturn
 
-from lxc_pool.execution import cgroups, identity, mounting, namespaces, operations, packets, terminal
+from lxc_pool.execution import cgroups, identity, mounting, namespaces, operations, packets, strays, terminal
 from lxc_pool.execution.confinement import Changes, Confinement
 from lxc_pool.execution.protocol import OPENED, ExecRequest, Failed, Terminal
 
@@ -117,6 +117,7 @@ def enter_and_exec(
     confinement, report = door.confinement, fds[3]
     try:
         _join_cgroups(door.where, cgroup)
+        strays.put_on_mark()
         _arrange_descriptors((*fds, door.pidfd))
         report = _REPORT
         if request.operation:

@@ -20,23 +20,47 @@ def directories(path: str | os.PathLike[str], *, topdown: bool = True) -> Iterat
         yield directory
 
 
+def children(path: str) -> list[str]:
+    """Return the cgroups right below the cgroup *path*; none if it is not there.
+
+    Raises:
+        OSError: It can't be looked into.
+    """
+    try:
+        with os.scandir(path) as entries:
+            return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        _unless_gone(error)
+        return []
+
+
 def pids(path: str | os.PathLike[str]) -> set[int]:
     """Return the processes in the cgroup *path* and in those below it; none if it is not there.
-
-    Zombies are not in it (measured on both versions), nor are processes that this pid namespace can't see.
 
     Raises:
         OSError: It can't be looked into.
     """
     found: set[int] = set()
     for directory in directories(path):
-        try:
-            with open(os.path.join(directory, "cgroup.procs"), "rb") as file:
-                found.update(map(int, file.read().split()))
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:  # threaded: the cgroup above lists its processes
-                _unless_gone(error)
-    return found - {0}
+        found |= own_pids(directory)
+    return found
+
+
+def own_pids(path: str | os.PathLike[str]) -> set[int]:
+    """Return the processes in the cgroup *path*; none if it is not there.
+
+    Zombies are not in it (measured on both versions), nor are processes that this pid namespace can't see.
+
+    Raises:
+        OSError: It can't be looked into.
+    """
+    try:
+        with open(os.path.join(path, "cgroup.procs"), "rb") as file:
+            return set(map(int, file.read().split())) - {0}
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:  # threaded: the cgroup above lists its processes
+            _unless_gone(error)
+        return set()
 
 
 def _unless_gone(error: OSError) -> None:

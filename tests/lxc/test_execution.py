@@ -22,7 +22,7 @@ import pytest
 
 from lxc_pool.client.process import Launch, Process, run
 from lxc_pool.errors import ExecFailed
-from lxc_pool.execution import cgroups, packets
+from lxc_pool.execution import cgroups, packets, strays
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.execution.supervisor import HEADER, Supervisor
@@ -828,33 +828,62 @@ def test_a_launch_that_raises_leaves_nothing(container: ExecContainer, tmp_path:
         container.run(["sleep", "1000"], stdout=PIPE, encoding="no-such-encoding")
 
 
+@contextlib.contextmanager
+def supervisor_of_our_own(container: ExecContainer) -> Iterator[Launch]:
+    """Launch by a fork of this process, which believes what this one does."""
+    ours, its = packets.pair()
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):
+            ours.close()
+            sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", closefd=False)  # pytest's is a file of its own
+            Supervisor(its, cgroups.mounted()).run()
+        os._exit(0)
+    its.close()
+
+    def launch(request: ExecRequest, fds: tuple[int, int, int, int]) -> None:
+        packets.send(ours, HEADER.pack(container.init_pid) + request.encode(), [*fds, container.init_pidfd])
+
+    try:
+        yield launch
+    finally:
+        ours.close()
+        os.waitpid(pid, 0)
+
+
+def test_a_container_is_ended_where_what_has_left_a_commands_cgroup_goes_on(
+    own: ExecContainer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Who such strays are, and how they are killed, security/test_strays and unit/test_strays show."""
+    sleeper = own.popen(["sleep", "1000"], stdin=DEVNULL)
+    monkeypatch.setattr(strays, "TIMEOUT", 0.05)
+    monkeypatch.setattr(strays, "_kill", lambda payload, _mark: (payload.endswith(f"/lxc.payload.{own.name}"), True))
+    with supervisor_of_our_own(own) as launch:
+        with Process.start(launch, ["true"], stdin=DEVNULL) as process:
+            process.wait(10)
+        assert sleeper.poll() is None
+        with Process.start(launch, ["sleep", "1000"], stdin=DEVNULL) as process:
+            process.kill_tree()
+            assert process.wait(10) == -signal.SIGKILL
+        assert sleeper.wait(10) == -signal.SIGKILL
+    sleeper.close()
+    assert f"the container of init {own.init_pid} is ended" in capfd.readouterr().err
+
+
 @pytest.fixture
 def v1_launch(own: ExecContainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
     """Launch by a supervisor of this process's own, which believes that the host has v1 cgroups only."""
     real = cgroups.membership
 
-    def v1_only(pid: int, mounts: dict[frozenset[str], str]) -> cgroups.Membership:
+    def v1_only(pid: int, mounts: cgroups.Mounts) -> cgroups.Membership:
         where = real(pid, mounts)
         return where._replace(parent=next(place for place in where.join if "/freezer/" in place), unified=False)
 
     if not any("freezer" in options for options in cgroups.mounted()):
         pytest.skip("this host has no v1 freezer")
     monkeypatch.setattr(cgroups, "membership", v1_only)
-    ours, its = packets.pair()
-    pid = os.fork()
-    if not pid:
-        with contextlib.suppress(BaseException):
-            ours.close()
-            Supervisor(its, cgroups.mounted()).run()
-        os._exit(0)
-    its.close()
-
-    def launch(request: ExecRequest, fds: tuple[int, int, int, int]) -> None:
-        packets.send(ours, HEADER.pack(own.init_pid) + request.encode(), [*fds, own.init_pidfd])
-
-    yield launch
-    ours.close()
-    os.waitpid(pid, 0)
+    with supervisor_of_our_own(own) as launch:
+        yield launch
 
 
 def test_a_host_with_v1_cgroups_only(own: ExecContainer, v1_launch: Launch) -> None:

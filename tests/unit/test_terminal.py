@@ -33,6 +33,7 @@ from lxc_pool.execution.protocol import (
     decode_event,
     wants_terminal,
 )
+from lxc_pool.execution.strays import Hunt, mark
 from tests.support.processes import open_descriptors, sleeper
 from tests.support.waiting import eventually
 
@@ -115,7 +116,8 @@ def hear(wants: bool, sent: list[tuple[bytes, int]], tmp_path: Path) -> tuple[li
     ours, its = packets.pair()
     report, sender = packets.pair()
     (tmp_path / "command").mkdir()
-    command = Command(loop, CommandCgroup(str(tmp_path), "command"), its, lambda _: None, wants_terminal=wants)
+    hunt = Hunt(str(tmp_path / "command"), mark(), pytest.fail)
+    command = Command(loop, CommandCgroup(str(tmp_path), "command"), its, hunt, lambda _: None, wants_terminal=wants)
     with ours, sleeper() as process:
         command.begin(process.pid, os.pidfd_open(process.pid), report)
         with sender:
@@ -125,6 +127,9 @@ def hear(wants: bool, sent: list[tuple[bytes, int]], tmp_path: Path) -> tuple[li
             loop.turn()
         if not command._killed:
             process.kill()
+            while not command._over:
+                loop.turn()
+            ours.shutdown(socket.SHUT_WR)  # or it would wait for an order to kill what came of it
         while not command.done:
             loop.turn()
         process.returncode = -9  # the supervisor has waited for it
