@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from lxc_pool.host.ends import lives, open_end, send
-from lxc_pool.host.processes import ProcessIdentity, boot_id, has_executed, identify
+from lxc_pool.host.processes import ProcessIdentity, boot_id, has_executed, identify, is_our_own
 
 VARIABLE = "LXC_POOL_SERVICE"
 """In the environment: `INSTANCE:PID:START_TICKS` of the service."""
@@ -122,7 +122,7 @@ def _look_at(pid: int, instance: str) -> OwnProcess | None:
     if mark is None:
         return None
     identity = identify(pid)
-    if not _is_one_of_us(place) or f"lxp-{instance}-" in (place / "cgroup").read_text(errors="replace"):
+    if not is_our_own(pid) or f"lxp-{instance}-" in (place / "cgroup").read_text(errors="replace"):
         return None
     service = ProcessIdentity(boot_id(), int(mark[1]), int(mark[2]))
     words = " ".join((place / "cmdline").read_text(errors="replace").replace("\0", " ").split())
@@ -130,15 +130,6 @@ def _look_at(pid: int, instance: str) -> OwnProcess | None:
     idle = supervisor.status() == psutil.STATUS_STOPPED and not supervisor.children()
     serves = frozenset() if idle or has_executed(identity) else frozenset(_held(place))
     return OwnProcess(identity, service, words[:80], serves) if identify(pid) == identity else None
-
-
-def _is_one_of_us(place: Path) -> bool:
-    """Return whether it is neither of a user, who may have run a set-uid program with a mark, nor of a container."""
-    uids = re.search(r"^Uid:((?:\t\d+)+)$", (place / "status").read_text(errors="replace"), re.MULTILINE)
-    ours = uids is not None and {int(uid) for uid in uids[1].split()} == {os.geteuid()}
-    return ours and all(
-        os.stat(place / "ns" / kind).st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "user")
-    )
 
 
 def _held(place: Path) -> Iterator[int]:

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import itertools
 import os
+import re
 import select
 import signal
 import time
@@ -80,6 +81,27 @@ def open_pidfd(identity: ProcessIdentity) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def is_our_own(pid: int) -> bool:
+    """Return whether a process is neither another user's, who may call it what they like, nor a container's.
+
+    By all of its uids, or a user's set-uid program would do, and by its namespaces.
+
+    Raises:
+        OSError: It has ended, or is one of the kernel's.
+    """
+    place = Path("/proc") / str(pid)
+    uids = re.search(r"^Uid:((?:\t\d+)+)$", (place / "status").read_text(errors="replace"), re.MULTILINE)
+    ours = uids is not None and {int(uid) for uid in uids[1].split()} == {os.geteuid()}
+    return ours and all(
+        os.stat(place / "ns" / kind).st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "user")
+    )
+
+
+def printable(text: str) -> str:
+    """Return *text* without what a terminal obeys: whoever runs a process says what its command line is."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def has_executed(identity: ProcessIdentity) -> bool:
@@ -166,7 +188,7 @@ def _describe(pid: int) -> str:
             text = Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             text = f"({error.strerror})"
-        words.append(f"{name} {' '.join(text.replace(chr(0), ' ').split())[:400] or '-'}")
+        words.append(f"{name} {printable(' '.join(text.replace(chr(0), ' ').split()))[:400] or '-'}")
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
         lines = [line.split() for line in status.splitlines() if line.startswith(_TOLD_OF_STATUS)]

@@ -5,6 +5,7 @@ Names carry the state dir's instance id, so that nothing of another service, or 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -18,7 +19,7 @@ import psutil
 
 from lxc_pool import hostdir
 from lxc_pool.host import bridge, cgroups, firewall, idranges, locks, semaphores
-from lxc_pool.host.processes import ProcessIdentity, identify
+from lxc_pool.host.processes import ProcessIdentity, identify, is_our_own, printable
 
 Kind = Literal["container", "process", "cgroup", "mount", "directory", "netdev", "lock", "socket"]
 
@@ -120,19 +121,24 @@ def _processes(prefix: str, lxcpath: Path) -> Iterator[Trace]:
             if pid not in seen and (trace := _process(pid, name)):
                 seen.add(pid)
                 yield trace
-    # A start that was cut short is in no cgroup yet.
-    pattern = re.compile(rf"(?:lxc-start|\[lxc monitor\]) .*{re.escape(str(lxcpath))} .*?({re.escape(prefix)}\S+)")
+    # A start that was cut short is in no cgroup yet. By what it calls itself something is removed: it has to be ours.
+    words = rf"(?:lxc-start|\[lxc monitor\]) .*{re.escape(str(lxcpath))} .*?({re.escape(prefix)}[A-Za-z0-9-]+)(?!\S)"
+    pattern = re.compile(words)
     for process in psutil.process_iter(["cmdline"]):
         match = pattern.search(" ".join(process.info["cmdline"] or ()))
         if match and process.pid not in seen and (trace := _process(process.pid, match[1])):
-            yield trace
+            with contextlib.suppress(OSError):  # it has ended
+                if is_our_own(process.pid):
+                    yield trace
 
 
 def _process(pid: int, name: str) -> Trace | None:
     try:
         process = psutil.Process(pid)
         words = " ".join(process.cmdline()) or process.name()
-        return Trace("process", name, f"{pid} {words[:80].strip()}", age_of_process(pid), process=identify(pid))
+        return Trace(
+            "process", name, f"{pid} {printable(words[:80].strip())}", age_of_process(pid), process=identify(pid)
+        )
     except (psutil.Error, ProcessLookupError):
         return None
 

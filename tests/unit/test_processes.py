@@ -14,7 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lxc_pool.host.processes import ProcessIdentity, describe_tree, has_executed, identify, kill_tree, open_pidfd
+from lxc_pool.host.processes import (
+    ProcessIdentity,
+    describe_tree,
+    has_executed,
+    identify,
+    is_our_own,
+    kill_tree,
+    open_pidfd,
+)
 from tests.support.descriptors import few_descriptors
 from tests.support.processes import open_descriptors, sleeper
 
@@ -141,7 +149,7 @@ def test_where_there_are_no_pidfds_a_tree_is_killed_nevertheless(monkeypatch: py
     monkeypatch.setattr("os.pidfd_open", refuse)
     with sleeper() as process:
         assert kill_tree(identify(process.pid), timeout=0) in ([], [process.pid])
-        assert process.wait(10) == -signal.SIGKILL
+        process.wait(10)  # psutil may have taken its status
 
 
 def test_without_time_to_wait_it_says_who_may_still_live() -> None:
@@ -188,3 +196,26 @@ def test_a_tree_is_described_by_what_each_of_its_processes_runs_and_waits_in() -
             assert re.search(r", wchan \S.*, stack \S.*, status State: [SRD] .* SigPnd: [0-9a-f]{16} ", part), part
         kill_tree(identify(process.pid))
     assert describe_tree(process.pid) == f"process {process.pid} has ended"
+
+
+def test_what_a_process_calls_itself_is_told_without_what_a_terminal_obeys() -> None:
+    command = ["sh", "-c", "echo ready; sleep infinity; :", "\x1b[31mevil\x07"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        text = describe_tree(process.pid)
+        kill_tree(identify(process.pid))
+    assert "?[31mevil?" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be different users and in namespaces")
+def test_a_process_is_our_own_by_all_its_uids_and_namespaces() -> None:
+    assert is_our_own(os.getpid())
+    held = ["sleep", "infinity"]
+    for command, user in ((held, 65534), (["unshare", "--user", "-r", *held], 0)):
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, user=user) as process:
+            while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
+                os.sched_yield()  # it has to be executed first
+            assert not is_our_own(process.pid)
+            process.kill()

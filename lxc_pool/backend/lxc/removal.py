@@ -8,6 +8,7 @@ Works from whatever is there, since a container may be half made, half removed, 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from pathlib import Path
 
@@ -18,12 +19,16 @@ from lxc_pool.errors import BackendError, DestroyFailed
 from lxc_pool.host import bridge, cgroups, idranges, mounts
 from lxc_pool.host.residue import LOCKS, mount_points
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
 _MOST_PASSES = 20
 """Looks for processes that start a container; each but the last has killed some. A guess: it takes two."""
 
 
 def remove(name: str, lxcpath: Path, *, force: bool) -> None:
     """Remove the container *name*. See `Backend.destroy`."""
+    if not _NAME.fullmatch(name):  # whoever told us: it would lead elsewhere
+        raise DestroyFailed(f"{name!r} is no container's name: nothing was removed")
     directory = lxcpath / name
     if force:
         _kill_starters(name, lxcpath)
