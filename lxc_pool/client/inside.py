@@ -4,7 +4,8 @@
         ◄─ read ───pipe─── stdout
         ◄─ control ──────► its supervisor
 
-One thread at a time.
+What is to be written need not wait until the process has begun: the pipe takes it meanwhile. Whether it could begin,
+the first one to wait for something hears. One thread at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Inside:
     """The process; `close` ends it, whatever it does."""
 
     def __init__(self, launch: Launch, request: ExecRequest, deadline: float | None) -> None:
-        """Start it.
+        """Have it started.
 
         Args:
             launch: Sends the request.
@@ -49,12 +50,10 @@ class Inside:
             deadline: On the monotonic clock, for all that is done here but `close`; None for none.
 
         Raises:
-            ExecFailed: The container can't be entered, or has ended.
-            OSError, ValueError: What is to be mounted can't be.
-            Late: It took too long.
             LxcPoolError: As *launch*.
         """
         self._deadline = deadline
+        self._has_begun = False
         self._fds: list[int] = []
         theirs: list[int] = []
         ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -75,11 +74,6 @@ class Inside:
                         os.close(fd)
             for fd in self._fds:
                 os.set_blocking(fd, False)
-            event = self._control.await_start(self._left())
-            if event is None:
-                raise Late
-            if isinstance(event, Failed):
-                raise _as_error(event)
         except BaseException:
             self.close()
             raise
@@ -89,12 +83,31 @@ class Inside:
         """How it ended, as `subprocess` has it; None: it has not, or nobody knows."""
         return self._control.returncode
 
+    def await_begin(self) -> None:
+        """Wait until it has begun; what would wait for it otherwise, does so first.
+
+        Raises:
+            ExecFailed: The container can't be entered, or has ended.
+            OSError, ValueError: What is to be mounted can't be.
+            Late: It took too long.
+        """
+        if self._has_begun:
+            return
+        event = self._control.await_start(self._left())
+        if event is None:
+            raise Late
+        if isinstance(event, Failed):
+            raise _as_error(event)
+        self._has_begun = True
+
     def read(self, buffer: memoryview) -> int:
         """Read what there is, at least a byte; 0 at the end.
 
         Raises:
             Late: Nothing came in time.
+            ExecFailed, OSError, ValueError: As `await_begin`.
         """
+        self.await_begin()
         self.check()
         while True:
             try:
@@ -139,7 +152,9 @@ class Inside:
         Raises:
             ExecFailed: It was killed, or nobody knows.
             Late: It runs on.
+            OSError, ValueError: As `await_begin`.
         """
+        self.await_begin()
         code = self._control.await_exit(self._left())
         if code is None:
             raise Late

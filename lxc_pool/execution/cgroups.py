@@ -130,23 +130,32 @@ def pids_of_no_command(directory: str) -> set[int]:
     return found
 
 
-def enter(directory: str) -> None:
-    """Move this process, which has one thread, into the v1 cgroup."""
-    fd = os.open(directory + "/tasks", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, b"0")
-    finally:
-        os.close(fd)
+def open_tasks(directory: str) -> int:
+    """Return a descriptor that `enter` takes, of a v1 cgroup.
+
+    Raises:
+        OSError: It can't be opened.
+    """
+    return os.open(directory + "/tasks", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def enter(tasks: int) -> None:
+    """Move this process, which has one thread, into the v1 cgroup.
+
+    Raises:
+        OSError: It has been removed, or the kernel refused.
+    """
+    os.write(tasks, b"0")
 
 
 def check_limit(directory: str) -> None:
-    """Refuse more processes in the v1 cgroup than it permits: that is for forks to see, and not for who joins.
+    """Refuse one process more in the v1 cgroup than it permits: forks are, and who joins is not.
 
     Raises:
         OSError: EAGAIN, as fork(2) says it; or it can't be looked at.
     """
     most = _read(directory + "/pids.max")
-    if most.isdigit() and int(_read(directory + "/pids.current")) > int(most):
+    if most.isdigit() and int(_read(directory + "/pids.current")) >= int(most):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 

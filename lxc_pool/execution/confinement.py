@@ -8,6 +8,7 @@ configuration (liblxc 5.0.2, src/lxc/attach.c); init itself can't be out of date
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class Confinement(NamedTuple):
     Attributes:
         flags: CLONE_NEW* of the namespaces that are not the host's, without the pid namespace.
         own_pids: Whether the container has a pid namespace of its own.
-        bounding: CapBnd of /proc/PID/status.
+        dropped: The capabilities that are missing in CapBnd of /proc/PID/status.
         no_new_privs: NoNewPrivs there.
         filters: Seccomp filters, oldest first.
         limits: The soft and hard limit of each of `resource`'s RLIMIT_*.
@@ -55,7 +56,7 @@ class Confinement(NamedTuple):
 
     flags: int
     own_pids: bool
-    bounding: int
+    dropped: tuple[int, ...]
     no_new_privs: bool
     filters: tuple[bytes, ...]
     limits: tuple[tuple[int, int], ...]
@@ -95,7 +96,7 @@ class Confinement(NamedTuple):
             OSError: The kernel refused.
         """
         namespaces.new_session_keyring()
-        namespaces.limit_capabilities(self.bounding)
+        namespaces.limit_capabilities(self.dropped)
         if self.no_new_privs:
             namespaces.set_no_new_privs()
         for code in self.filters:
@@ -129,7 +130,7 @@ class Reading:
         return Confinement(
             flags=sum(flag for kind, flag in _KINDS if _differs(pid, kind)),
             own_pids=_differs(pid, "pid"),
-            bounding=int(status["CapBnd"], 16),
+            dropped=namespaces.missing_capabilities(int(status["CapBnd"], 16)),
             no_new_privs=status.get("NoNewPrivs", "0") == "1",
             filters=filters,
             limits=tuple(resource.prlimit(pid, limit) for limit in _LIMITS),
@@ -153,9 +154,15 @@ def _set_limit(limit: int, soft: int, hard: int) -> None:
         resource.setrlimit(limit, (lower if own_hard == resource.RLIM_INFINITY else min(lower, own_hard), own_hard))
 
 
+@functools.cache
+def _own(kind: str) -> str:
+    """Return which namespace this process, and whoever forks it, is in for good."""
+    return os.readlink(f"/proc/self/ns/{kind}")
+
+
 def _differs(pid: int, kind: str) -> bool:
     try:
-        return os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+        return os.readlink(f"/proc/{pid}/ns/{kind}") != _own(kind)
     except FileNotFoundError:
         if kind == "time":  # a kernel without CONFIG_TIME_NS
             return False

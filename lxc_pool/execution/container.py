@@ -110,6 +110,8 @@ class Container:
         os.close(self._pidfd)
         if self._reading is not None:
             self._reading.close()
+        if self._door is not None:
+            self._door.close()
         waiting, self._waiting = self._waiting, []
         for _, _, fds in waiting:
             _close(fds)

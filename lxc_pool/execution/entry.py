@@ -40,6 +40,7 @@ class Door(NamedTuple):
         init_pid: The container's init, which may have ended.
         pidfd: The same, and never another.
         where: Where it is; a command is born in its cgroup if that is unified, else it has to join it.
+        tasks: Descriptors of the v1 cgroups that it has to join anyhow.
         confinement: The walls to put on.
         changes: Those of them that this process differs in.
     """
@@ -47,13 +48,30 @@ class Door(NamedTuple):
     init_pid: int
     pidfd: int
     where: cgroups.Membership
+    tasks: tuple[int, ...]
     confinement: Confinement
     changes: Changes
 
     @classmethod
     def into(cls, init_pid: int, pidfd: int, where: cgroups.Membership, confinement: Confinement) -> Door:
-        """Return the way into the container of *init_pid*, for forks of this process."""
-        return cls(init_pid, pidfd, where, confinement, confinement.changes())
+        """Return the way into the container of *init_pid*, for forks of this process.
+
+        Raises:
+            OSError: It is no more, or there is no descriptor left.
+        """
+        tasks: list[int] = []
+        try:
+            tasks.extend(map(cgroups.open_tasks, where.join))
+            return cls(init_pid, pidfd, where, tuple(tasks), confinement, confinement.changes())
+        except BaseException:
+            for fd in tasks:
+                os.close(fd)
+            raise
+
+    def close(self) -> None:
+        """Let go of what it holds: all but the pidfd."""
+        for fd in self.tasks:
+            os.close(fd)
 
 
 def fork(request: ExecRequest, fds: tuple[int, int, int, int], cgroup: int, door: Door) -> tuple[int, int]:
@@ -73,6 +91,8 @@ def fork(request: ExecRequest, fds: tuple[int, int, int, int], cgroup: int, door
     """
     # what is to be mounted is no stream, and looking at it may take for ever
     _open_up((fds[1],) if request.operation else fds[:3])
+    if door.where.pids is not None:
+        cgroups.check_limit(door.where.pids)
     outside = request.operation or not door.confinement.own_pids
     own = -1 if outside else os.pidfd_open(os.getpid())
     try:
@@ -116,7 +136,7 @@ def enter_and_exec(
     stage, text = "enter", "entering the container"
     confinement, report = door.confinement, fds[3]
     try:
-        _join_cgroups(door.where, cgroup)
+        _join_cgroups(door, cgroup)
         strays.put_on_mark()
         _arrange_descriptors((*fds, door.pidfd))
         report = _REPORT
@@ -128,7 +148,7 @@ def enter_and_exec(
         _enter(confinement.flags)
         _replace_null_devices()
         stage, text = "user", f"becoming user {request.user!r}"
-        user = identity.load(request.user)
+        user = identity.ROOT if request.operation else identity.load(request.user)
         stage, text = "enter", "preparing the command"
         _take_terminal(request.terminal, user)
         confinement.apply_inside()
@@ -195,19 +215,17 @@ def execute(argv: tuple[str, ...], env: dict[bytes, bytes]) -> NoReturn:
     raise found or missing or FileNotFoundError(2, "no such command")
 
 
-def _join_cgroups(where: cgroups.Membership, cgroup: int) -> None:  # pragma: no cover - as above
-    for directory in where.join:
-        cgroups.enter(directory)
-    if where.pids is not None:
-        cgroups.check_limit(where.pids)
-    if not where.unified:
-        cgroups.enter(f"/proc/self/fd/{cgroup}")
+def _join_cgroups(door: Door, cgroup: int) -> None:  # pragma: no cover - as above
+    for tasks in door.tasks:
+        cgroups.enter(tasks)
+    if not door.where.unified:
+        cgroups.enter(cgroups.open_tasks(f"/proc/self/fd/{cgroup}"))
 
 
 def _arrange_descriptors(fds: tuple[int, int, int, int, int]) -> None:  # pragma: no cover - as above
     # first out of the way, so that no target overwrites a source
-    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PIDFD + 1) for fd in fds]
-    for target, source in enumerate(moved):
+    sources = fds if min(fds) > _PIDFD else [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PIDFD + 1) for fd in fds]
+    for target, source in enumerate(sources):
         posix.dup2(source, target, inheritable=target <= 2)
     namespaces.close_all_except((0, 1, 2, _REPORT, _PIDFD))
 

@@ -138,7 +138,7 @@ class FrameReader:
     def __init__(self, read: Read) -> None:
         """Read by means of *read*."""
         self._read = read
-        self._buffer = memoryview(bytearray(2 * CHUNK))
+        self._buffer = memoryview(bytearray(_BUFFERED))
         self._start = self._end = 0
 
     def next(self) -> tuple[int, memoryview]:
@@ -162,7 +162,11 @@ class FrameReader:
         have = self._end - self._start
         if have >= count:
             return
-        if self._start + max(count, _BUFFERED) > len(self._buffer):
+        if count > len(self._buffer):  # the first long frame: for what is small, most of that would be cleared in vain
+            longer = memoryview(bytearray(2 * CHUNK))
+            longer[:have] = self._buffer[self._start : self._end]
+            self._buffer, self._start, self._end = longer, 0, have
+        elif self._start + max(count, _BUFFERED) > len(self._buffer):
             self._buffer[:have] = self._buffer[self._start : self._end]
             self._start, self._end = 0, have
         while (have := self._end - self._start) < count:

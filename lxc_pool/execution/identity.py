@@ -28,6 +28,10 @@ class Identity(NamedTuple):
     home: str
 
 
+ROOT = Identity(0, 0, (0,), "root", "/root")
+"""What our own work in a container is done as, whatever its files say."""
+
+
 class _User(NamedTuple):
     name: str
     uid: int

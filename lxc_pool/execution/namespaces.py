@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 import struct
-from typing import Any, NoReturn
+from typing import NoReturn
 
 CLONE_NEWTIME = 0x00000080
 CLONE_NEWNS = 0x00020000
@@ -56,6 +56,7 @@ _STATFS_ROOM = 256  # bytes; struct statfs has 120 at most
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -152,16 +153,17 @@ def set_no_new_privs() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def limit_capabilities(bounding: int) -> None:
-    """Drop from the bounding set what *bounding* lacks, and empty the inheritable and the ambient set.
+def missing_capabilities(bounding: int) -> tuple[int, ...]:
+    """Return the capabilities that the kernel knows and *bounding* lacks; see CapBnd in proc_pid_status(5)."""
+    with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
+        count = int(file.read()) + 1
+    return tuple(capability for capability in range(count) if not bounding >> capability & 1)
 
-    Args:
-        bounding: A bit a capability, as CapBnd of /proc/PID/status.
-    """
-    for capability in range(64):
-        # not from /proc/sys/kernel/cap_last_cap: that file may be the container's
-        if not bounding >> capability & 1 and not _drop_from_bounding_set(capability):
-            break
+
+def limit_capabilities(dropped: tuple[int, ...]) -> None:
+    """Drop capabilities from the bounding set, and empty the inheritable and the ambient set."""
+    for capability in dropped:
+        _prctl(_PR_CAPBSET_DROP, capability)
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
     data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable of bits 0-31, then of bits 32-63
@@ -220,7 +222,7 @@ class Tracee:
 def install_seccomp_filter(code: bytes) -> None:
     """Filter this process's system calls from now on; needs CAP_SYS_ADMIN in its user namespace or no_new_privs."""
     program = _FilterProgram(len(code) // 8, code)
-    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program))
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
 def _seccomp_filter(pid: int, index: int) -> bytes | None:
@@ -232,20 +234,9 @@ def _seccomp_filter(pid: int, index: int) -> bytes | None:
     return code.raw
 
 
-def _drop_from_bounding_set(capability: int) -> bool:
-    """Return False if the kernel knows no such capability, nor any above."""
-    try:
-        _prctl(_PR_CAPBSET_DROP, capability)
-    except OSError as exc:
-        if exc.errno == errno.EINVAL:
-            return False
-        raise
-    return True
-
-
-def _prctl(option: int, argument: int, pointer: Any = None) -> None:
-    zero = ctypes.c_ulong(0)
-    _check(_libc.prctl(option, ctypes.c_ulong(argument), pointer or zero, zero, zero), f"prctl({option})")
+def _prctl(option: int, argument: int, address: int = 0) -> None:
+    if _libc.prctl(option, argument, address, 0, 0) < 0:
+        _raise(f"prctl({option})")
 
 
 def _check(result: int, call: str) -> int:

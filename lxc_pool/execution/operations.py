@@ -129,8 +129,7 @@ def prepare(argv: Sequence[str], init_pid: int, user_namespace: int | None) -> N
 
 def _files_in(destination: bytes, name: bytes, options: str, owner: str) -> bytes:
     """Make what comes on stdin; return where it is."""
-    passwd, group = identity.read_capped("/etc/passwd"), identity.read_capped("/etc/group")
-    found = identity.resolve(owner or None, passwd, group)
+    found = identity.load(owner) if owner else identity.ROOT
     pair = (found.uid, found.gid)
 
     def own(fd: int) -> None:

@@ -389,6 +389,15 @@ def test_a_push_is_not_led_elsewhere(container: Container, tree: Path) -> None:
     assert sh(container, "ls -A /victim; rm -rf /tmp/*") == ""
 
 
+def status_of(pid: int | None) -> dict[str, str]:
+    return dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+
+
+def is_waiting_inside(pid: int, container: Container) -> bool:
+    status = status_of(pid)
+    return status["State"].startswith("S") and status["Seccomp"] == status_of(container.init_pid)["Seccomp"]
+
+
 def test_what_copies_inside_is_confined_but_out_of_reach(
     files_service: Service, container: Container, tree: Path
 ) -> None:
@@ -398,13 +407,13 @@ def test_what_copies_inside_is_confined_but_out_of_reach(
     def look(_count: int, _entries: int) -> None:
         if seen:
             return
+        eventually(lambda: copying(files_service, container), "it has been forked")
         (pid,) = copying(files_service, container)
+        # What it is sent now waits in the pipe: it may still be on its way in.
+        eventually(lambda: is_waiting_inside(pid, container), "it waits for more")
         for kind in ("mnt", "net", "ipc", "uts", "cgroup", "user", "pid"):
             seen[kind] = os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/{container.init_pid}/ns/{kind}")
-        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        init = dict(
-            line.split(":\t", 1) for line in Path(f"/proc/{container.init_pid}/status").read_text().splitlines()
-        )
+        status, init = status_of(pid), status_of(container.init_pid)
         for name in ("CapBnd", "Seccomp", "Seccomp_filters", "NoNewPrivs"):
             seen[name] = status[name] == init[name]
         seen["uid"] = status["Uid"].split()[0] == init["Uid"].split()[0]

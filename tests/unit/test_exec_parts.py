@@ -343,12 +343,12 @@ def test_contradicting_text_options_are_refused() -> None:
 def test_a_cgroup_that_can_not_be_entered_is_reported_whatever_number_the_report_has(tmp_path: Path) -> None:
     theirs, ours = packets.pair()
     walls = Confinement(
-        0, own_pids=False, bounding=0, no_new_privs=False, filters=(), limits=(), oom_score_adj="0", label=None
+        0, own_pids=False, dropped=(), no_new_privs=False, filters=(), limits=(), oom_score_adj="0", label=None
     )
     null, no_cgroup = os.open(os.devnull, os.O_RDWR), os.open(tmp_path, os.O_RDONLY)
     with theirs, ours:
         where = Membership((), str(tmp_path), unified=False)
-        door = entry.Door(os.getpid(), null, where, walls, Changes((), None))
+        door = entry.Door(os.getpid(), null, where, (), walls, Changes((), None))
         request = ExecRequest(("true",), {})
         pid = os.fork()
         if pid == 0:  # pragma: no cover - it ends in the function
