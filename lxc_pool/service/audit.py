@@ -114,7 +114,7 @@ def _known(path: Path, found: Iterable[Trace]) -> tuple[Entry, ...]:
     if not path.exists() and any(residue.is_there(trace) for trace in ours):
         raise BackendError(
             f"the ledger {path} is gone: put it back, or restart the service, which begins a new one and removes all "
-            "containers, whoever has leased them"
+            "containers but those whose leases are written down beside them"
         )
     return ledger.read(path)
 

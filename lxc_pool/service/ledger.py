@@ -11,6 +11,9 @@ A client waits while its lease is announced, and after a rest, when no cache has
 fifth of a `get` (measured). So that goes to the intent file first, and into its row once the client has its answer.
 What the intent file says holds if the row says WARM, and only then: any other row is newer, since no container that was
 leased is ever warm again.
+
+By the same rule each lease is found again whose row is lost, because the file was, or an older copy was put in its
+place: when its row is written, so is a file in its container's directory, which takes 7 µs (measured).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -158,7 +161,7 @@ class Ledger:
         if lost and self.notice is None:
             self.notice = (
                 f"the ledger {self.path} has lost what it knew of {len(lost)} containers on this host, {lost[0]} for "
-                "one: they are removed, whoever may have leased them"
+                "one: they are removed, since nothing is written down beside them of a lease"
             )
             log.warning("%s", self.notice)
 
@@ -166,7 +169,9 @@ class Ledger:
         """See `Journal.write`."""
         self._overtake(entry.name)
         with self._change() as database:
-            database.execute("REPLACE INTO container VALUES (?, ?)", (entry.name, msgspec.msgpack.encode(entry)))
+            _put_row(database, entry)
+        if entry.state is State.LEASED:
+            self._write_beside(entry)
 
     def erase(self, name: str) -> None:
         """See `Journal.erase`."""
@@ -238,14 +243,33 @@ class Ledger:
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
-            entries = _entries(database, intended)
+            beside = _read_beside(self.path)
+            entries = _entries(database, intended, beside)
+            lost = [entry for entry in entries if beside.get(entry.name) is entry]
+            for entry in lost:
+                _put_row(database, entry)
         except BaseException:
             database.close()
             raise
+        if lost and self.notice is None:
+            self.notice = (
+                f"the ledger {self.path} had lost {len(lost)} leases, that of {lost[0].name} for one: they are taken "
+                "from what is written down beside their containers"
+            )
+            log.warning("%s", self.notice)
         self._database = database
         if intended in entries:
             self._intended = intended
         return entries
+
+    def _write_beside(self, entry: Entry) -> None:
+        """Write a lease down beside its container, too. If that is not possible, the row stands alone."""
+        with contextlib.suppress(OSError):
+            file = IntentFile(_path_beside(self.path, entry.name))
+            try:
+                file.put(msgspec.msgpack.encode(entry))
+            finally:
+                file.close()
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
@@ -284,7 +308,7 @@ def read(path: Path) -> tuple[Entry, ...]:
         database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
         with contextlib.closing(database):
             _require_version(path, database)
-            return _entries(database, intended)
+            return _entries(database, intended, _read_beside(path))
     except (sqlite3.Error, OSError, msgspec.MsgspecError) as error:
         raise BackendError(f"the ledger {path} can't be read: {error}") from error
 
@@ -325,14 +349,37 @@ def _read_intent(path: Path) -> Entry | None:
     return None if body is None else msgspec.msgpack.decode(body, type=Entry)
 
 
-def _entries(database: sqlite3.Connection, intended: Entry | None) -> tuple[Entry, ...]:
-    """Return what the rows say, and the intent file where it is newer."""
+def _path_beside(path: Path, name: str) -> Path:
+    return path.parent / "containers" / name / "lease"
+
+
+def _read_beside(path: Path) -> dict[str, Entry]:
+    """Return the leases that are written down beside their containers, by name."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(path.parent / "containers"):
+            with contextlib.suppress(OSError, msgspec.MsgspecError):  # nothing that was written there
+                if (body := intent.read(_path_beside(path, name))) is not None:
+                    entry = msgspec.msgpack.decode(body, type=Entry)
+                    if entry.name == name and entry.state is State.LEASED:
+                        found[name] = entry
+    return found
+
+
+def _put_row(database: sqlite3.Connection, entry: Entry) -> None:
+    database.execute("REPLACE INTO container VALUES (?, ?)", (entry.name, msgspec.msgpack.encode(entry)))
+
+
+def _entries(database: sqlite3.Connection, intended: Entry | None, beside: Mapping[str, Entry]) -> tuple[Entry, ...]:
+    """Return what the rows say, and where they are older, the intent file, or what is *beside* the containers."""
     rows = database.execute("SELECT entry FROM container").fetchall()
-    entries = [msgspec.msgpack.decode(row[0], type=Entry) for row in rows]
-    return tuple(
-        intended if intended is not None and entry.name == intended.name and entry.state is State.WARM else entry
-        for entry in entries
-    )
+    entries = {entry.name: entry for entry in (msgspec.msgpack.decode(row[0], type=Entry) for row in rows)}
+    for name, entry in beside.items():
+        if name not in entries or entries[name].state in (State.BUILDING, State.WARM):
+            entries[name] = entry
+    if intended is not None and intended.name in entries and entries[intended.name].state is State.WARM:
+        entries[intended.name] = intended
+    return tuple(entries.values())
 
 
 def _is_corruption(error: sqlite3.OperationalError) -> bool:

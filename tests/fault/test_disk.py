@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lxc_pool import BackendError, LxcPoolError, PoolServiceProxy, PoolTimeout, State
+from lxc_pool import BackendError, PoolServiceProxy, PoolTimeout, State
 from lxc_pool.host import idranges
 from lxc_pool.host.residue import LOCKS
 from tests.support.faults import FaultyService
@@ -246,13 +246,20 @@ def test_what_was_released_while_the_ledger_could_not_be_written_is_nobodys_afte
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 500, b""], ids=["rubbish", "empty"])
-def test_a_ledger_that_is_lost_is_begun_anew_and_the_host_cleaned_of_all_that_it_knew(
+def test_a_ledger_that_is_lost_is_begun_anew_with_the_leases_and_the_host_cleaned_of_all_else_that_it_knew(
     service: FaultyService, content: bytes
 ) -> None:
     pool = service.start(size=2)
     container = pool.get("x", 30)
     assert container is not None
-    service.kill()
+    pool.wait_ready()
+    with service.client("c = pool.get('x', 30); print(c.name, flush=True); sys.stdin.read()") as client:
+        assert client.stdout is not None
+        orphan = client.stdout.readline().strip()
+        (before,) = [info for info in pool.containers() if info.name == container.name]
+        service.kill()
+    warm = {path.name for path in service.containers.iterdir()} - {container.name, orphan}
+    assert warm
     for path in service.state_dir.glob("ledger.db-*"):
         path.unlink()
     (service.state_dir / "ledger.db").write_bytes(content)
@@ -262,10 +269,14 @@ def test_a_ledger_that_is_lost_is_begun_anew_and_the_host_cleaned_of_all_that_it
     lock.touch()
     idranges.take(str(service.containers / gone))
     pool = service.start(size=2)
-    assert_healed(service, pool)
-    with pytest.raises(LxcPoolError):
-        container.run(["true"])
+    container.run(["true"], check=True)
+    assert_healed(service, pool, leased=[container.name])
+    infos = {info.name: info for info in pool.containers()}
+    assert not infos.keys() & (warm | {orphan})
+    after = infos[container.name]
+    assert (after.id, after.owner_pid, after.owner_uid) == (before.id, before.owner_pid, before.owner_uid)
     container.release()
+    assert_healed(service, pool)
     notice = pool.status().ledger
     assert notice is not None
     if content:
@@ -274,10 +285,40 @@ def test_a_ledger_that_is_lost_is_begun_anew_and_the_host_cleaned_of_all_that_it
         assert aside.read_bytes() == content
         assert str(aside) in notice
     else:
-        assert "has lost what it knew of" in notice
+        assert "had lost 2 leases" in notice
     assert notice in service.log
     assert json.loads(service.cli("status", "--json").stdout)["ledger"] == notice
     assert notice in service.cli("status").stdout
+
+
+def test_an_older_copy_of_the_ledger_ends_no_lease_and_gives_nothing_out_twice(service: FaultyService) -> None:
+    pool = service.start(size=2)
+    pool.wait_ready()
+    with pool.lease("older") as older:
+        assert_healed(service, pool, leased=[older.name])
+        copies = {path: path.read_bytes() for path in service.state_dir.glob("ledger.db*")}
+        with pool.lease("newer") as newer:  # warm in the copy
+            pool.wait_ready()
+            with pool.lease("newest") as newest:  # the copy does not know it, or as being built
+                pool.wait_ready()
+                with pool.lease("unsettled"):
+                    pass  # so that the intent file has another one
+                leases = [older.name, newer.name, newest.name]
+                assert_healed(service, pool, leased=leases)
+                service.kill()
+                for path in service.state_dir.glob("ledger.db*"):
+                    path.unlink()
+                for path, content in copies.items():
+                    path.write_bytes(content)
+                assert service.cli("cleanup", "--execute", "--state-dir", service.state_dir).returncode == 0
+                pool = service.start(size=2)
+                assert_healed(service, pool, leased=leases)
+                for container in (older, newer, newest):
+                    container.run(["true"], check=True)
+                with pool.lease("x") as other:
+                    assert other.name not in leases
+                assert "had lost" in str(pool.status().ledger)
+    assert_healed(service, pool)
 
 
 def test_an_audit_without_a_readable_ledger_says_so_and_nothing_is_removed(service: FaultyService) -> None:

@@ -157,15 +157,20 @@ def test_with_the_ledger_lost_no_address_has_two_holders(service: FaultyService,
     pool = service.start(config=CONFIG)
     pool.wait_ready()
     before = set(everything(service, lab))
-    service.kill()
-    for path in service.state_dir.glob("ledger.db*"):
-        path.unlink()
-    start_again(service)
-    pool.wait_ready()
-    ips = all_ips(pool, 2)
-    assert len(set(ips)) == 2
-    eventually(lambda: netdevs(service) == set(), "the containers that nobody knows are gone")
-    assert len(everything(service, lab)) <= len(before) + 2
+    with pool.lease("x") as leased:
+        mine = leased.ips
+        assert len(mine) == 1
+        service.kill()
+        for path in service.state_dir.glob("ledger.db*"):
+            path.unlink()
+        start_again(service)
+        pool.wait_ready()
+        ips = all_ips(pool, 2)
+        assert len({*ips, *mine}) == 3
+        assert leased.ips == mine
+        assert mine[0] in leased.run(["ip", "addr"], capture_output=True, text=True, check=True).stdout
+        eventually(lambda: netdevs(service) == set(), "the containers that nobody knows are gone")
+        assert len(everything(service, lab)) <= len(before) + 3
 
 
 @pytest.mark.parametrize("step", ["starting", "started", "probing"])

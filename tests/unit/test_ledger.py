@@ -283,6 +283,77 @@ def test_one_of_another_version_is_not_read_either(path: Path) -> None:
         ledger.read(path)
 
 
+LEASE = LeaseEntry("r1", ContainerId("job", 1, 2), 1000, ProcessIdentity("boot", 7, 8), 99.5)
+
+
+@pytest.fixture
+def beside(path: Path) -> Path:
+    """The directory of container c1, in which its lease was written down."""
+    directory = path.parent / "containers" / "c1"
+    directory.mkdir(parents=True)
+    book = Ledger(path)
+    book.open()
+    book.write(entry("c1", State.LEASED, LEASE))
+    book.close()
+    assert (directory / "lease").stat().st_mode & 0o777 == 0o600
+    return directory
+
+
+@pytest.mark.parametrize("older", [None, State.BUILDING, State.WARM])
+@pytest.mark.usefixtures("beside")
+def test_a_lease_whose_row_is_lost_is_found_beside_its_container(path: Path, older: State | None) -> None:
+    path.unlink()
+    book = Ledger(path)
+    if older is not None:
+        database = sqlite3.connect(path, isolation_level=None)
+        database.executescript(ledger._TABLES)
+        ledger._put_row(database, entry("c1", older))
+        database.close()
+        assert ledger.read(path) == (entry("c1", State.LEASED, LEASE),)
+    assert book.open() == (entry("c1", State.LEASED, LEASE),)
+    assert "had lost 1 leases, that of c1" in str(book.notice)
+    book.note_unknown({"c1"})
+    assert "had lost" in str(book.notice)
+    book.close()
+    again = Ledger(path)
+    assert again.open() == (entry("c1", State.LEASED, LEASE),)
+    assert again.notice is None
+    again.close()
+
+
+@pytest.mark.parametrize("newer", [State.REAPING, State.LEASED])
+@pytest.mark.usefixtures("beside")
+def test_what_a_newer_row_says_holds(path: Path, newer: State) -> None:
+    book = Ledger(path)
+    book.open()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        ledger._put_row(database, entry("c1", newer))
+    book.close()
+    assert book.open() == (entry("c1", newer),)
+    assert book.notice is None
+    book.close()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lease: lease.write_bytes(b""),
+        lambda lease: lease.write_bytes(lease.read_bytes()[:-1]),
+        lambda lease: lease.write_bytes(lease.read_bytes().replace(b"c1", b"c2")),
+        lambda lease: lease.parent.rename(lease.parent.with_name("c2")),
+        lambda lease: (lease.unlink(), lease.mkdir()),
+    ],
+    ids=["empty", "torn", "changed", "another's", "directory"],
+)
+def test_what_is_no_lease_beside_a_container_is_none(beside: Path, path: Path, spoil: Callable[[Path], object]) -> None:
+    path.unlink()
+    spoil(beside / "lease")
+    book = Ledger(path)
+    assert book.open() == ()
+    assert book.notice is None
+    book.close()
+
+
 def test_what_it_should_know_and_does_not_is_said_once(path: Path) -> None:
     book = Ledger(path)
     book.open()

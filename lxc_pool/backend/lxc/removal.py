@@ -35,7 +35,7 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
     elif (directory / "config").exists():
         binding.container(name, lxcpath).stop()
     first_id, port = container_config.first_id(directory), container_config.port(directory)
-    problems = [*_remove_cgroups(name), *_unmount_below(directory), *_disconnect(port)]
+    problems = [*_remove_cgroups(name), *_unmount_below(directory), *_disconnect(port, directory)]
     try:
         if not problems:
             discarded.put_aside(directory) if layers.path(directory).exists() else shutil.rmtree(directory)
@@ -53,11 +53,16 @@ def remove(name: str, lxcpath: Path, *, force: bool) -> None:
         raise DestroyFailed(f"{name} is not quite gone: {'; '.join(problems)[:1000]}")
 
 
-def _disconnect(port: str | None) -> list[str]:
-    """Remove a container's port: liblxc has, and the kernel does with the container, unless something went wrong."""
+def _disconnect(port: str | None, directory: Path) -> list[str]:
+    """Remove a container's port: liblxc has, and the kernel does with the container, unless something went wrong.
+
+    After the ledger was lost, another one may have the same by now: the port of this one was removed before that.
+    """
     try:
-        if port is not None:
-            bridge.remove_device(port)
+        if port is not None and port in bridge.devices():
+            others = (other for other in directory.parent.iterdir() if other != directory)
+            if not any(container_config.port(other) == port for other in others):
+                bridge.remove_device(port)
     except BackendError as error:
         return [str(error)]
     return []
