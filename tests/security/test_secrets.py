@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 from pathlib import Path
@@ -50,7 +51,12 @@ def test_neither_key_nor_what_commands_are_given_or_say_is_written_down(service:
         written += service.log_path.read_bytes()
         for secret in (ARGUMENT, VARIABLE, INPUT, OUTPUT):
             assert secret.encode() not in written
-        for form in (key, key.hex().encode(), repr(key).encode()[2:-1]):
+        texts = (repr(key)[2:-1], str(list(key)), key.decode("latin1"), base64.b64encode(key).decode())
+        for form in (
+            key,
+            key.hex().encode(),
+            *(form.encode() for text in texts for form in (text, json.dumps(text)[1:-1])),
+        ):
             assert form not in written
         # Neither is the key in what ps(1) shows of the service.
         for pid in service.marked():

@@ -146,7 +146,9 @@ def test_a_stranger_can_neither_look_into_the_host_dir_nor_read_the_key_nor_reac
     assert (planted, ledger) == ("PermissionError", "PermissionError")
 
 
-def test_the_key_alone_lets_nobody_in_who_is_not_in_the_group(service: MemoryService) -> None:
+def test_the_key_alone_lets_nobody_in_who_is_not_in_the_group(
+    service: MemoryService, caplog: pytest.LogCaptureFixture
+) -> None:
     """Were socket and key to become known: the kernel's word counts too."""
     key = hostdir.read_key(service.host_dir)
     service.host_dir.chmod(0o755)
@@ -160,6 +162,9 @@ def test_the_key_alone_lets_nobody_in_who_is_not_in_the_group(service: MemorySer
     kind, words = as_person(STRANGER, connect)
     assert kind is AccessDenied
     assert f"uid {STRANGER} is not in the service's group" in words
+    service.sessions(0)
+    ((event, fields),) = trail_of(caplog)
+    assert (event, fields["uid"], fields["kind"]) == ("refusal", STRANGER, "AccessDenied")
 
 
 def test_the_key_is_never_readable_by_others_while_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,7 +518,6 @@ def test_who_had_what_and_who_was_refused_what_is_in_the_trail(
         return os.getpid()
 
     pid = as_member(ALICE, act)
-    as_person(STRANGER, lambda: None)
     service.reaches(size=7, reaping=0, leased=0)  # full again, so that one is too many
     service.pool.resize(3)
     trail = trail_of(caplog)

@@ -490,6 +490,11 @@ def test_of_silent_connections_only_some_of_each_user_are_kept(
     for sock in silent:
         sock.close()
     service.sessions(0)
+    monkeypatch.setattr(server, "_MAX_STRANGERS", 2)
+    proved = [service.channel() for _ in range(6)]  # who has proved itself makes room for the next
+    service.sessions(6)
+    for channel in proved:
+        channel.close()
 
 
 def test_a_service_whose_backlog_is_full_is_said_to_be_busy(open_path: Path) -> None:
