@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -162,6 +163,74 @@ def test_what_is_mounted_reaches_units_that_run_with_mounts_of_their_own(contain
     assert "shared:" not in line
     container.unmount("/srv/x")
     assert sh(container, "ls /srv/x") == ""
+
+
+def test_a_command_is_run_as_subprocess_would(container: Container) -> None:
+    done = container.run(
+        ["bash", "-c", "tr a-z A-Z; exit 200"], input="hello", capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (200, "HELLO")
+    assert container.run(["bash", "-c", "kill -TERM $$"], timeout=30).returncode == -15
+    script = ["bash", "-c", "echo $(id -un) $PWD $HOME $MINE; env | wc -l"]
+    done = container.run(script, user="user", cwd="/srv", env={"MINE": "1"}, capture_output=True, timeout=30)
+    assert done.stdout == b"user /srv /home/user 1\n8\n"  # PATH, HOME, USER, LANG, MINE; bash's PWD, SHLVL and _
+    for program, error in (("no-such-program", FileNotFoundError), ("/etc/passwd", PermissionError)):
+        with pytest.raises(error) as caught:
+            container.run([program], timeout=30)
+        assert caught.value.filename == program
+    with pytest.raises(subprocess.TimeoutExpired) as late:
+        container.run(["bash", "-c", "echo begun; setsid sleep 1000 & sleep 1000"], stdout=subprocess.PIPE, timeout=2)
+    assert late.value.output == b"begun\n"
+    assert sh(container, "pgrep -x sleep || echo none") == "none\n"
+
+
+def test_what_systemd_puts_into_a_scope_is_the_commands_still_and_a_service_is_not(container: Container) -> None:
+    sh(container, "systemctl start nginx")
+    scope = "systemd-run --quiet --scope bash -c 'cat /proc/self/cgroup; echo begun; (setsid sleep 1000 &); sleep 1000'"
+    with container.popen(["bash", "-c", f"{scope}; true"], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        said = list(iter(command.stdout.readline, "begun\n"))
+        assert [line for line in said if ".scope" in line]
+        eventually(lambda: sh(container, "pgrep -x -c sleep") == "2\n", "they sleep")
+        command.kill_tree()
+    assert sh(container, "pgrep -x sleep || echo none; systemctl is-active nginx") == "none\nactive\n"
+
+
+def test_files_go_in_and_come_back(container: Container, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    (tree / "below/tool").write_text("#!/bin/bash\necho works\n")
+    (tree / "below/tool").chmod(0o750)
+    (tree / "link").symlink_to("/etc/hostname")
+    with (tree / "sparse").open("wb") as file:
+        file.truncate(300 << 20)
+    container.push(tree, "/home/user/new/tree", owner="user", parents=True)
+    assert sh(container, "find /home/user/new -exec stat -c %U:%G {} + | sort -u") == "user:user\n"
+    assert sh(container, "stat -c '%a %N' /home/user/new/tree/{below/tool,link}; /home/user/new/tree/below/tool") == (
+        "750 '/home/user/new/tree/below/tool'\n777 '/home/user/new/tree/link' -> '/etc/hostname'\nworks\n"
+    )
+    sh(container, "mkfifo /home/user/new/tree/fifo")
+    copied = container.pull("/home/user/new/tree", tmp_path / "back")
+    assert copied.skipped == ("/fifo",)
+    assert os.readlink(tmp_path / "back/link") == "/etc/hostname"
+    assert (tmp_path / "back/below/tool").read_text() == (tree / "below/tool").read_text()
+    assert (tmp_path / "back/below/tool").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "back/sparse").stat().st_size == 300 << 20
+    assert (tmp_path / "back/sparse").stat().st_blocks < 100
+    with pytest.raises(OSError, match="more than max_"):
+        container.pull("/usr", tmp_path / "usr", max_entries=50)
+    assert not (tmp_path / "usr").exists()
+
+
+def test_what_is_mounted_can_not_be_made_writable(container: Container, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("words\n")
+    container.mount(tmp_path, "/srv/read")
+    container.mount(tmp_path, "/srv/write", readonly=False)
+    sh(container, "! mount -o remount,bind,rw /srv/read; ! touch /srv/read/x; cat /srv/read/file; touch /srv/write/x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "x"]
+    for path in ("/srv/read", "/srv/write"):
+        container.unmount(path)
+    assert sh(container, "ls /srv/read /srv/write") == "/srv/read:\n\n/srv/write:\n"
 
 
 def test_it_knows_its_name_and_nothing_of_the_hosts(container: Container) -> None:

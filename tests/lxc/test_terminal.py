@@ -541,6 +541,23 @@ def test_nothing_is_typed_at_our_terminal_from_inside(container: Container, at_t
 GIBIBYTE = 1 << 30
 
 
+def test_a_callers_pipes_are_the_commands_own_streams(container: Container) -> None:
+    """The very same, so that nobody between copies anything."""
+    pipes = [os.pipe() for _ in range(3)]
+    stdin, stdout, stderr = pipes[0][0], pipes[1][1], pipes[2][1]
+    inodes = [os.fstat(descriptor).st_ino for descriptor in (stdin, stdout, stderr)]
+    script = "inodes=$(stat -L -c %i /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/fd/2); echo $inodes >/tmp/inodes"
+    try:
+        container.run(["sh", "-c", script], stdin=stdin, stdout=stdout, stderr=stderr, check=True, timeout=10)
+    finally:
+        for descriptor in (end for pipe in pipes for end in pipe):
+            os.close(descriptor)
+    assert [int(inode) for inode in sh(container, "cat /tmp/inodes").split()] == inodes
+    with container.popen(["sh", "-c", "stat -L -c %i /proc/self/fd/1"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.read()) == os.fstat(process.stdout.fileno()).st_ino
+
+
 @pytest.mark.host
 def test_a_gibibyte_goes_through_pipes_byte_for_byte(container: Container, terminal_service: Service) -> None:
     block = os.urandom((1 << 20) - 8)

@@ -43,7 +43,7 @@ def functions(path: Path) -> list[str]:
         for node in tree.body
         if isinstance(node, ast.Assign)
         for target in node.targets
-        if isinstance(target, ast.Name) and target.id.startswith("Test")
+        if isinstance(target, ast.Name) and target.id.startswith(("test_", "Test"))
     ]
 
 
