@@ -24,6 +24,9 @@ from lxc_pool.host import cgroup_tree
 Mounts = dict[frozenset[str], str]
 """See `mounted`."""
 
+_PAYLOAD, _MONITOR = "lxc.payload.", "lxc.monitor."
+"""How liblxc names a container's two cgroups, side by side. Source: liblxc 5.0.2, src/lxc/cgroups/cgroup.h."""
+
 UNIFIED = ""
 """How /proc/PID/cgroup names the v2 hierarchy."""
 
@@ -157,6 +160,27 @@ def check_limit(directory: str) -> None:
     most = _read(directory + "/pids.max")
     if most.isdigit() and int(_read(directory + "/pids.current")) >= int(most):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def monitor_of(payload: str) -> int | None:
+    """Return a pidfd of liblxc's monitor of the container whose cgroup is *payload*; None if there is none any more.
+
+    Raises:
+        OSError: It can't be looked at, or there is no descriptor left.
+    """
+    directory, name = os.path.split(payload)
+    if not name.startswith(_PAYLOAD):  # init has moved into one below
+        return None
+    cgroup = f"{directory}/{_MONITOR}{name.removeprefix(_PAYLOAD)}"
+    for pid in cgroup_tree.own_pids(cgroup):
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        if pid in cgroup_tree.own_pids(cgroup):  # nobody has got its pid meanwhile
+            return descriptor
+        os.close(descriptor)
+    return None
 
 
 class CommandCgroup:

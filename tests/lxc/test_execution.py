@@ -27,6 +27,7 @@ from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.execution.supervisor import HEADER, Supervisor
 from tests.lxc.exec_container import ExecContainer, running
+from tests.support.waiting import ends, pidfd
 
 PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
 
@@ -779,6 +780,28 @@ def test_a_stopped_container_leaves_no_cgroup_behind(directory: Path, launcher: 
         with running(directory, f"exec-{os.getpid()}-brief", launcher) as made:
             made.run(["sh", "-c", "sleep 1000 & exit 0"], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
         eventually(lambda made=made: not made.cgroups(), "cgroups")  # type: ignore[misc] # mypy: default
+
+
+def test_a_containers_cgroups_are_left_to_its_monitor_while_that_lives(
+    own: ExecContainer, container: ExecContainer
+) -> None:
+    """It would read in one that is gone for ever (liblxc 5.0.2, version 2)."""
+    command = own.popen(["sleep", "1000"], stdin=DEVNULL, stdout=DEVNULL)
+    eventually(lambda: bool(own_cgroups(own)), "the command is in")
+    before = own.cgroups()
+    monitor = parent(own.init_pid)
+    with pidfd(monitor) as descriptor:
+        os.kill(monitor, signal.SIGSTOP)
+        try:
+            signal.pidfd_send_signal(own.init_pidfd, signal.SIGKILL)
+            assert command.wait(10) != 0
+            container.run(["true"], stdin=DEVNULL)  # their supervisor has done with the other one then
+            assert not own_cgroups(own)
+            assert own.cgroups() == before
+        finally:
+            os.kill(monitor, signal.SIGCONT)
+        assert ends(descriptor)
+    eventually(lambda: not own.cgroups(), "cgroups of a container that has ended")
 
 
 def test_a_frozen_container_does_not_defeat_a_timeout(own: ExecContainer, monkeypatch: pytest.MonkeyPatch) -> None:
