@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from pathlib import Path
+
+_MOST = 64 << 10
+"""Bytes that are read of a file: of a thousand addresses. A guess; root of a namespace may put millions there, which
+would take seconds to be read."""
 
 _UP, _REJECT = 0x1, 0x200
 """Of a route: RTF_UP, RTF_REJECT. Source: Linux include/uapi/linux/route.h."""
@@ -13,17 +16,19 @@ _UP, _REJECT = 0x1, 0x200
 def of_process(pid: int) -> tuple[str, ...]:
     """Return the addresses, IPv4 first, that the network namespace of *pid* has beyond loopback and link-local ones.
 
+    Of very many, the first.
+
     Raises:
         ProcessLookupError: The process has ended.
 
     Source: /proc/PID/net shows the namespace of PID, proc(5); `fib_trie` lists local addresses as `/32 host LOCAL`.
     """
     try:
-        trie = Path(f"/proc/{pid}/net/fib_trie").read_text(encoding="ascii")
+        trie = _beginning(f"/proc/{pid}/net/fib_trie").decode("ascii")
     except OSError as error:
         raise ProcessLookupError(f"process {pid} has ended") from error
     try:
-        inet6 = Path(f"/proc/{pid}/net/if_inet6").read_text(encoding="ascii")
+        inet6 = _beginning(f"/proc/{pid}/net/if_inet6").decode("ascii")
     except OSError:  # a kernel without IPv6 has no such file
         inet6 = ""
     return parse(trie, inet6)
@@ -36,7 +41,7 @@ def default_routes(pid: int) -> set[str]:
         ProcessLookupError: The process has ended.
     """
     try:
-        return parse_routes(Path(f"/proc/{pid}/net/route").read_bytes())
+        return parse_routes(_beginning(f"/proc/{pid}/net/route"))
     except OSError as error:
         raise ProcessLookupError(f"process {pid} has ended") from error
 
@@ -64,6 +69,13 @@ def parse(fib_trie: str, if_inet6: str) -> tuple[str, ...]:
         if digits := line.split()[:1]:
             found.setdefault(str(ipaddress.IPv6Address(int(digits[0], 16))))
     return tuple(text for text in found if not _is_local(ipaddress.ip_address(text)))
+
+
+def _beginning(path: str) -> bytes:
+    """Return the first whole lines of a file."""
+    with open(path, "rb") as file:
+        text = file.read(_MOST)
+    return text if len(text) < _MOST else text[: text.rfind(b"\n") + 1]
 
 
 def _is_local(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

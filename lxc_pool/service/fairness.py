@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 CONNECTION_COST = 10
 """Calls that a new connection counts as: its thread and handshake take that much (measured: 0.5 ms against 50 µs)."""
 
+CALL_TIME = 100e-6
+"""Seconds of CPU that a call may take; what takes longer counts as so many (measured: 50 µs; a listing of 100: 500)."""
+
 LARGE_AT_A_TIME = 4
 """Large messages of one user in the service at once. A guess: each takes some 16 MiB until it is answered."""
 

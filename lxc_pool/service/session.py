@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from lxc_pool.errors import AccessDenied, AuthenticationFailed, InternalError, LxcPoolError, QuotaExceeded, UnknownLease
 from lxc_pool.service import trail
 from lxc_pool.service.access import Peer, Policy
-from lxc_pool.service.fairness import CONNECTION_COST
+from lxc_pool.service.fairness import CALL_TIME, CONNECTION_COST
 from lxc_pool.service.pool import Pool
 from lxc_pool.service.service import PoolService
 from lxc_pool.service.shortage import as_shortage
@@ -155,9 +155,12 @@ class Session:
 
     def _serve_one(self) -> bool:
         """Take one call and answer it; return whether to go on."""
+        began = None if self.peer.is_admin else time.thread_time()
         try:
             return self._take_and_answer()
         finally:
+            if began is not None and (calls := int((time.thread_time() - began) / CALL_TIME)):
+                self._service.pace.delay(self.peer.uid, calls)  # the next one will have to wait for that
             if self._turn is not None:
                 turn, self._turn = self._turn, None
                 turn.close()

@@ -625,6 +625,29 @@ def test_one_users_flood_of_calls_is_slowed_down_and_leaves_others_their_speed(s
     assert min(flooded) < 20 * quiet
 
 
+def test_a_call_that_costs_more_counts_as_so_many(service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.service.pace = Pace(300)
+
+    def burn(_uid: int | None) -> tuple[()]:
+        end = time.thread_time() + 0.02  # 200 calls' worth
+        while time.thread_time() < end:
+            pass
+        return ()
+
+    monkeypatch.setattr(service.pool, "containers", burn)
+
+    def flood() -> int:
+        count = 0
+        end = time.monotonic() + 2.0
+        with PoolManager.connect(service.host_dir) as pool:
+            while time.monotonic() < end:
+                pool.containers()
+                count += 1
+        return count
+
+    assert as_member(ALICE, flood) <= 300 * (2.0 + 1) / 200 + 2
+
+
 def test_so_is_a_flood_of_connections_each_of_which_counts_as_ten_calls(service: MemoryService) -> None:
     service.service.pace = Pace(300)
 

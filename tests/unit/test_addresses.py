@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import shutil
+import subprocess
 
 import pytest
 
+from lxc_pool.host import addresses
 from lxc_pool.host.addresses import default_routes, of_process, parse, parse_routes
 from tests.support.processes import sleeper
 
@@ -75,15 +77,37 @@ def test_a_process_that_has_ended_has_no_network() -> None:
 
 
 def test_a_kernel_without_ipv6_has_the_other_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    read_text = Path.read_text
-
-    def without_ipv6(path: Path, encoding: str) -> str:
-        if path.name == "if_inet6":
+    def without_ipv6(path: str) -> bytes:
+        if path.endswith("if_inet6"):
             raise FileNotFoundError(path)
-        return read_text(path, encoding) and TRIE
+        return TRIE.encode()
 
-    monkeypatch.setattr(Path, "read_text", without_ipv6)
+    monkeypatch.setattr(addresses, "_beginning", without_ipv6)
     assert of_process(os.getpid()) == ("10.0.3.17", "192.168.1.2")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip")
+def test_of_as_many_addresses_as_a_hostile_root_may_make_only_the_first_are_read() -> None:
+    batch = "".join(f"address add 10.{number >> 8}.{number & 255}.1/32 dev lo\n" for number in range(5000))
+    batch += "link set lo up\n" + "".join(
+        f"route add 11.{number >> 8}.{number & 255}.0/24 dev lo\n" for number in range(5000)
+    )
+    command = ["unshare", "--net", "sh", "-c", "ip -batch - && echo ready && exec sleep infinity"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(batch.encode())
+            process.stdin.close()
+            assert process.stdout.readline() == b"ready\n"
+            assert 100 < len(of_process(process.pid)) < 4000
+            assert default_routes(process.pid) == set()
+            for file in ("fib_trie", "route"):
+                beginning = addresses._beginning(f"/proc/{process.pid}/net/{file}")
+                assert len(beginning) <= addresses._MOST
+                assert beginning.endswith(b"\n")
+        finally:
+            process.kill()
 
 
 ROUTES = b"""\
