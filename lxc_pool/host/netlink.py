@@ -7,6 +7,7 @@ netfilter/{nfnetlink,nf_tables}.h.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
@@ -37,6 +38,9 @@ _LINK = struct.Struct("=BxHiII")
 _ATTRIBUTE = struct.Struct("=HH")
 _MOST = 1 << 16
 """Bytes of one answer. Source: netlink(7), which has dumps come in less than 32 KiB at a time."""
+
+_MOST_LINKS = 256
+"""Network devices that are looked at. A guess; root of a namespace may make tens of thousands, a second's work."""
 
 _MOST_EVENTS = 200
 """Changes that are taken off at once: somebody may make them faster than that."""
@@ -102,6 +106,7 @@ class Observer:
             OSError: The kernel refused.
             ProcessLookupError: The process has ended.
         """
+        self._too_many = False
         try:
             with open(f"/proc/{pid}/ns/net", "rb") as namespace:
                 self._events, self._questions = _inside(namespace.fileno(), _open_pair)
@@ -126,11 +131,21 @@ class Observer:
         """Return all network devices but loopback by name, and whether they are up and connected.
 
         Raises:
-            OSError: The kernel did not answer, or somebody inside keeps its answer from coming through.
+            OSError: The kernel did not answer, or somebody inside keeps its answer from coming through; or they are
+                more than anybody has.
         """
+        if self._too_many:  # the rest of that answer is still to come
+            raise OSError(errno.E2BIG, f"there are more than {_MOST_LINKS}")
         body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
         self._questions.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETLINK, _REQUEST | _DUMP, 1, 0) + body)
-        return dict(link for link in map(_link, _messages(self._questions)) if link is not None)
+        found: dict[str, bool] = {}
+        for message in _messages(self._questions):
+            if (link := _link(message)) is not None:
+                found[link[0]] = link[1]
+            if len(found) > _MOST_LINKS:
+                self._too_many = True
+                return self.links()
+        return found
 
     def close(self) -> None:
         """Close it."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import struct
+import subprocess
 
 import pytest
 
@@ -67,6 +69,30 @@ def test_an_observer_sees_the_devices_of_a_process() -> None:
         assert set(observer.links()) == {name for _index, name in socket.if_nameindex()} - {"lo"}
     finally:
         observer.close()
+
+
+@needs_root
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip")
+def test_of_as_many_devices_as_a_hostile_root_may_make_not_all_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netlink, "_MOST_LINKS", 4)
+    batch = "".join(f"link add a{number} type veth peer name b{number}\n" for number in range(3))
+    command = ["unshare", "--net", "sh", "-c", "ip -batch - && echo ready && exec sleep infinity"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(batch.encode())
+            process.stdin.close()
+            assert process.stdout.readline() == b"ready\n"
+            observer = Observer(process.pid)
+            try:
+                for _ in range(3):
+                    with pytest.raises(OSError, match="more than 4"):
+                        observer.links()
+            finally:
+                observer.close()
+        finally:
+            process.kill()
 
 
 @needs_root
