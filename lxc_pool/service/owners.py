@@ -52,11 +52,15 @@ class Owners:
         with self._lock:
             if owner in self._watched:
                 return
+        ended = threading.Event()
         try:
-            watched = self._watch.watch(owner, functools.partial(self._end, owner))
+            watched = self._watch.watch(owner, functools.partial(self._end, owner, ended))
         except ProcessLookupError as error:
             raise ValueError(f"owner {owner.pid} is not a living process") from error
         with self._lock:
+            if ended.is_set():  # already: nobody will tell it again
+                self._watch.forget(watched)
+                raise ValueError(f"owner {owner.pid} has just ended")
             if self._watched.setdefault(owner, watched) is not watched:
                 self._watch.forget(watched)  # another thread was faster
             elif len(self._watched) > self._crowd:
@@ -78,8 +82,9 @@ class Owners:
             self._watch.forget(self._watched.pop(owner))
         self._crowd = max(_CROWD, 2 * len(self._watched))  # or each that comes next would have all looked at
 
-    def _end(self, owner: ProcessIdentity) -> None:
+    def _end(self, owner: ProcessIdentity, ended: threading.Event) -> None:
         with self._lock:
+            ended.set()
             watched = self._watched.pop(owner, None)
             if watched is not None:
                 self._watch.forget(watched)

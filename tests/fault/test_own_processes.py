@@ -6,7 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,9 @@ def test_what_was_stopped_outlives_the_service_is_named_and_removed(service: Fau
     with pool.lease("x") as leased:
         leased.run(["true"], check=True)
         with stopped(service) as pids:
-            service.kill()
+            assert service.process is not None
+            service.process.kill()
+            service.wait()
             # The kernel kills the lanes' workers with the service, stopped or not.
             eventually(lambda: len(found(service)) == 4, "fork server, what counts semaphores, agent, supervisor")
             left = found(service)
@@ -95,6 +99,32 @@ def test_a_stopped_supervisor_stays_as_long_as_its_lease(service: FaultyService)
         assert service.cli("cleanup", "--execute", "--state-dir", service.state_dir).returncode == 0
         assert supervisor not in service.marked()
         process.close()
+    assert_healed(service, pool)
+
+
+def test_what_copies_out_of_a_leased_container_goes_on_with_the_next_service(
+    service: FaultyService, tmp_path: Path
+) -> None:
+    """It is on the host, and no container's to see; it is known by the container's cgroup."""
+    pool = service.start(size=1)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def wait(_bytes: int, _entries: int) -> None:
+        begun.set()
+        assert goes_on.wait(30)
+
+    with pool.lease("x") as leased:
+        leased.run(["dd", "if=/dev/zero", "of=/big", "bs=1M", "count=8"], check=True, stderr=subprocess.DEVNULL)
+        with ThreadPoolExecutor(1) as threads:
+            copied = threads.submit(leased.pull, "/big", tmp_path / "big", progress=wait)
+            try:
+                assert begun.wait(30)
+                service.kill()
+                service.start(size=1)
+                assert_healed(service, pool, leased=[leased.name])
+            finally:
+                goes_on.set()
+            assert copied.result(30).byte_count == 8 << 20
     assert_healed(service, pool)
 
 

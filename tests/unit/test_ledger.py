@@ -321,6 +321,19 @@ def test_a_lease_whose_row_is_lost_is_found_beside_its_container(path: Path, old
     again.close()
 
 
+def test_what_is_beside_a_container_is_as_new_as_its_row(beside: Path, path: Path) -> None:
+    kept = LeaseEntry("r1", "x", 1000, None, 1e9)  # shorter than what was there
+    book = Ledger(path)
+    book.open()
+    book.intend(entry("c1", State.LEASED, kept))
+    book.settle()
+    book.close()
+    path.unlink()
+    assert book.open() == (entry("c1", State.LEASED, kept),)
+    book.close()
+    assert (beside / "lease").exists()
+
+
 @pytest.mark.parametrize("newer", [State.REAPING, State.LEASED])
 @pytest.mark.usefixtures("beside")
 def test_what_a_newer_row_says_holds(path: Path, newer: State) -> None:

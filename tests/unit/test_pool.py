@@ -23,7 +23,7 @@ from lxc_pool.errors import (
 from lxc_pool.host.processes import ProcessIdentity
 from lxc_pool.model import State
 from lxc_pool.service.census import WarmWait
-from lxc_pool.service.jobs import LaneBroken
+from lxc_pool.service.jobs import Job, LaneBroken, Outcome
 from lxc_pool.service.leases import Quota
 from lxc_pool.service.lull import LONGEST, LULL
 from lxc_pool.service.pool import Pool
@@ -224,6 +224,17 @@ def test_ids_and_owners_are_shown_to_their_user_and_to_administrators_alone() ->
     assert (foreign.id, foreign.owner_pid, foreign.owner_uid) == (None, None, None)
 
 
+def test_a_container_that_is_gone_is_watched_no_more() -> None:
+    world = warm_world(2)
+    before = [watched.identity for watched in world.watch.watched]
+    info = world.lease()
+    world.pool.release(info.name, 1000)
+    world.rest()
+    pids = [watched.identity.pid for watched in world.watch.watched]
+    assert info.init_pid not in pids
+    assert len(pids) == len(before) + 1  # and the owner
+
+
 def test_when_the_owner_dies_all_its_containers_are_reaped() -> None:
     world = warm_world(3)
     mine = {world.lease(pid=7).name, world.lease(pid=7).name}
@@ -241,6 +252,38 @@ def test_an_owner_that_dies_between_offer_and_confirmation_gets_nothing() -> Non
     world.watch.kill(world.process(7))
     assert world.pool.confirm(1000, ticket.request) is None
     assert world.count(State.WARM) == 1
+
+
+def test_an_owner_that_dies_before_it_is_offered_anything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = warm_world(1)
+    hold = world.pool._owners.hold
+
+    def hold_the_dying(owner: ProcessIdentity) -> None:
+        hold(owner)
+        world.watch.kill(owner)
+
+    monkeypatch.setattr(world.pool._owners, "hold", hold_the_dying)
+    with pytest.raises(ValueError, match="owner 7"):
+        world.ask(pid=7)
+    assert world.count(State.WARM) == 1
+
+
+def test_an_owner_that_dies_just_as_it_begins_to_be_watched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever watches it has told so before anybody knew what to do with that, and does not tell it again."""
+    world = warm_world(1)
+    watch = world.watch.watch
+
+    def watch_the_dying(identity: ProcessIdentity, callback: Callable[[], None]) -> Watched:
+        watched = watch(identity, callback)
+        world.watch.kill(identity)
+        return watched
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.watch, "watch", watch_the_dying)
+        with pytest.raises(ValueError, match="owner 7 has just ended"):
+            world.ask(pid=7)
+    assert world.count(State.WARM) == 1
+    assert not [watched for watched in world.watch.watched if watched.identity == world.process(7)]
 
 
 def test_a_dead_owner_is_refused() -> None:
@@ -397,6 +440,29 @@ def test_a_lane_that_hangs_in_a_creation_is_replaced_and_the_rest_goes_on(step: 
     assert world.count(State.WARM) == 2
     assert len(world.backend.present) == 2
     assert "longer than allowed" in str(world.pool.census().last_error)
+
+
+def test_the_last_word_of_a_worker_that_is_killed_costs_the_next_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(1, workers=1)
+    (lane,) = world.lanes
+    start, replace = lane.start, lane.replace
+    reports: list[Callable[[Outcome], None]] = []
+
+    def start_it(job: Job, done: Callable[[Outcome], None]) -> None:
+        reports.append(done)
+        start(job, done)
+
+    def replace_it() -> None:
+        replace()
+        if reports:
+            reports.pop()(LaneBroken("the lane's worker died"))  # of the job that hung
+
+    monkeypatch.setattr(lane, "start", start_it)
+    monkeypatch.setattr(lane, "replace", replace_it)
+    world.backend.script("start", HANG)
+    world.advance(40)
+    assert lane.replaced == 1
+    assert world.count(State.WARM) == 1
 
 
 def test_a_lane_that_hangs_while_there_are_no_descriptors_is_replaced_once_there_are(
