@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -292,6 +294,31 @@ def test_what_is_mounted_in_a_containers_directory_is_taken_off_and_keeps_its_fi
     assert not place.exists()
     assert (precious / "deep" / "file").read_text() == "mine"
     assert not any(residue.is_there(trace) for trace in report.findings)
+
+
+@needs_root
+def test_what_may_still_bring_a_container_up_is_killed_before_it_is_removed(state: Path) -> None:
+    lxcpath, name = state / "containers", f"{prefix(state)}ab-1"
+    (lxcpath / name).mkdir(parents=True)
+    waits = [sys.executable, "-c", "import time; print(flush=True); time.sleep(1000)"]
+    lines = {
+        "its starter": ["lxc-start", *waits[1:], "-P", str(lxcpath), "-n", name],
+        "its monitor": ["[lxc", *waits[1:], "monitor]", str(lxcpath), name],
+        "another's starter": ["lxc-start", *waits[1:], "-P", str(lxcpath), "-n", f"{name}0"],
+        "another service's": ["lxc-start", *waits[1:], "-P", f"{lxcpath}0", "-n", name],
+        "somebody's": ["sleep", *waits[1:], "-P", str(lxcpath), "-n", name],
+    }
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for who, line in lines.items():
+            process = stack.enter_context(subprocess.Popen(line, executable=sys.executable, stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+            processes[who] = process
+        removal.remove(name, lxcpath, force=True)
+        living = {who for who, process in processes.items() if process.poll() is None}
+        assert living == {"another's starter", "another service's", "somebody's"}
 
 
 @needs_root
