@@ -96,17 +96,17 @@ def sh(container: Container, script: str) -> str:
 
 
 def spoil(container: Container, script: str) -> None:
-    """Have a container's root run a script; skip the test if what it does to its mounts is denied by liblxc's profile.
+    """Have a container's root run a script; skip the test if liblxc's AppArmor profile denies it to mount a devpts.
 
-    That one is for privileged containers, and for others where ours is not loaded: no mounting of devpts, no binding.
-    Its terminals must be of use then. Source: Debian's lxc 5.0.2, /etc/apparmor.d/abstractions/lxc/container-base.
+    That profile is for privileged containers, and for others where ours is not loaded. Terminals must be of use then.
+    Source: Debian's lxc 5.0.2, /etc/apparmor.d/abstractions/lxc/container-base.
     """
     done = container.run(["sh", "-c", script], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
     if done.returncode == 0:
         return
     label = Path(f"/proc/{container.init_pid}/attr/current").read_text(encoding="ascii")
     assert label.startswith(apparmor.LIBLXC_PROFILE), done
-    assert re.search(r"mount: .*Permission denied", done.stderr), done
+    assert re.search(r"mounting devpts on .*Permission denied", done.stderr), done
     with container.popen(["tty"], tty=True) as process:
         assert process.wait(10) == 0
     pytest.skip(f"AppArmor denies it under {label.strip()}: {done.stderr.strip()}")
