@@ -570,6 +570,18 @@ def test_a_container_that_can_not_be_removed_is_stuck_visible_retried_and_no_cap
     assert name not in world.backend.present
 
 
+def test_what_is_stuck_is_tried_once_more_at_the_end_whatever_its_pause() -> None:
+    world = warm_world(1)
+    world.backend.script("destroy", *[Fault(error=DestroyFailed("device busy"))] * 5)
+    name = world.lease().name
+    world.pool.release(name, 1000)
+    world.advance(15)  # from now on it would be 60 s
+    assert name in world.names(State.STUCK)
+    world.pool.close_to_new()
+    world.settle()
+    assert world.backend.present == set()
+
+
 def test_many_stuck_containers_do_not_end_the_pool() -> None:
     world = warm_world(2)
     world.backend.script("stop", *[Fault(error=DestroyFailed("no"))] * 100_000)

@@ -187,6 +187,22 @@ def test_a_container_that_the_ledger_does_not_know_is_removed() -> None:
     assert "unknown" not in world.backend.present
 
 
+def test_what_is_in_a_state_that_nobody_knows_is_removed_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is asked about a container whose monitor hangs, hangs itself."""
+    world = warm_world(1)
+    world.backend.present.add("unknown")
+    forced = {}
+    destroy = world.backend.destroy
+
+    def note(name: str, *, force: bool) -> None:
+        forced[name] = force
+        destroy(name, force=force)
+
+    monkeypatch.setattr(world.backend, "destroy", note)
+    restart(world)
+    assert forced == {"unknown": True}
+
+
 def test_an_entry_without_a_container_is_erased() -> None:
     world = warm_world(1)
     name = world.names(State.WARM)[0]
