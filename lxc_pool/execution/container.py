@@ -1,7 +1,7 @@
 """One container as its user's supervisor sees it: the way in, and the commands that run there.
 
- first command ──► the way in is looked up: cgroups, and what init is confined by (`confinement`)
- each command  ──► a cgroup of its own, a fork into it (`entry.fork`), and its course (`command`)
+ lease, or first command ──► the way in is looked up: cgroups, and what init is confined by (`confinement`)
+ each command            ──► a cgroup of its own, a fork into it (`entry.fork`), and its course (`command`)
 
 For seccomp filters to be read, init has to stand still, which it does in microseconds, or once it is thawed; commands
 wait for that in the order in which they came.
@@ -77,23 +77,28 @@ class Container:
         poller.register(self._pidfd, select.POLLIN)
         return bool(poller.poll(0))
 
+    def prepare(self) -> None:
+        """Look up the way in, for a command that may be to come; if it can't be, that will hear why."""
+        with contextlib.suppress(OSError):
+            self._look_up_cgroups()
+            self._let_in()
+
     def launch(self, request: bytes, fds: list[int], control: socket.socket) -> None:
         """Send a command in; closes *fds*, its three streams, and *control* when the command is done."""
         try:
-            if self._where is None:
-                self._where = cgroups.membership(self._init_pid, self._mounts)
+            where = self._look_up_cgroups()
         except OSError as exc:
             with control, contextlib.suppress(OSError):
                 control.send(_not_entered(exc).encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             _close(fds)
             return
         self._count += 1
-        cgroup = cgroups.CommandCgroup(self._where.parent, f"{cgroups.COMMANDS}{os.getpid()}.{self._count}")
+        cgroup = cgroups.CommandCgroup(where.parent, f"{cgroups.COMMANDS}{os.getpid()}.{self._count}")
         command = Command(
             self._loop,
             cgroup,
             control,
-            strays.Hunt(cgroups.payload(self._where.parent), strays.mark(), self._give_up),
+            strays.Hunt(cgroups.payload(where.parent), strays.mark(), self._give_up),
             self._on_done,
             grace=operations.GRACE if is_operation(request) else 0.0,
             wants_terminal=wants_terminal(request),
@@ -118,6 +123,11 @@ class Container:
         for command in list(self._commands):
             command.end_with_container()
         self._remove_cgroups_at_end()
+
+    def _look_up_cgroups(self) -> cgroups.Membership:
+        if self._where is None:
+            self._where = cgroups.membership(self._init_pid, self._mounts)
+        return self._where
 
     def _let_in(self) -> None:
         """Let those in that are waiting, now or as soon as it can be."""

@@ -158,6 +158,27 @@ class Launcher:
         _check_control(control)
         self._send(uid, request, [*streams, control], init)
 
+    def prepare(self, uid: int, init: tuple[int, int]) -> None:
+        """Have the way into a container looked up, if *uid* has run commands before, who may run one in it, too.
+
+        It is no more than a hint: who can't take it at once does without.
+
+        Args:
+            uid: Who has leased it.
+            init: As for `launch`.
+        """
+        pidfd, pid = init
+        with self._lock:
+            line = self._lines.get(uid)
+        if line is None or not line.lock.acquire(blocking=False):
+            return
+        try:
+            if line.connection is not None and _takes_more(line.connection):
+                with contextlib.suppress(OSError):  # whoever sends a command will see
+                    packets.send(line.connection, HEADER.pack(pid), [pidfd])
+        finally:
+            line.lock.release()
+
     def mount(self, uid: int, request: ExecRequest, descriptors: tuple[int, int, int], init: tuple[int, int]) -> None:
         """Mount something; how that goes, its client learns on *stdout*, and on *control* where it can't be begun.
 
@@ -253,6 +274,12 @@ class Launcher:
             if not poller.poll(timeout * 1000):
                 agent.kill()
         agent.wait()
+
+
+def _takes_more(connection: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(connection, select.POLLOUT)
+    return poller.poll(0) == [(connection.fileno(), select.POLLOUT)]
 
 
 def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -27,7 +27,7 @@ from lxc_pool.execution.protocol import ProtocolError
 
 HEADER = struct.Struct("<i")
 """What a packet of the service begins with: the pid of a container's init. A request follows; descriptors are stdin,
-stdout, stderr, control, and a pidfd of the init."""
+stdout, stderr, control, and a pidfd of the init. With that alone, it says that commands may be to come."""
 
 
 def supervise(orders: socket.socket, mounts: cgroups.Mounts) -> NoReturn:
@@ -85,14 +85,18 @@ class Supervisor:
         payload, fds = packet
         try:
             (init_pid,) = HEADER.unpack_from(payload)
-            stdin, stdout, stderr, control, pidfd = fds
+            *streams, pidfd = fds
+            stdin, stdout, stderr, control = streams or (-1, -1, -1, -1)
         except (struct.error, ValueError):
             traceback.print_exc()
             for fd in fds:
                 os.close(fd)
             return
         container = self._container(init_pid, pidfd)
-        container.launch(payload[HEADER.size :], [stdin, stdout, stderr], socket.socket(fileno=control))
+        if streams:
+            container.launch(payload[HEADER.size :], [stdin, stdout, stderr], socket.socket(fileno=control))
+        else:
+            container.prepare()
 
     def _container(self, init_pid: int, pidfd: int) -> Container:
         """Return the container, a new one if there is none; takes over *pidfd*."""

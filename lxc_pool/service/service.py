@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from lxc_pool.config import Config, ProfileConfig
-from lxc_pool.errors import AccessDenied, DestroyFailed, ExecFailed, LeaseExpired, QuotaExceeded
+from lxc_pool.errors import AccessDenied, DestroyFailed, ExecFailed, LeaseExpired, LxcPoolError, QuotaExceeded
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.operations import READONLY, WRITABLE
 from lxc_pool.execution.protocol import MOUNT, ExecRequest, ProtocolError
@@ -264,6 +264,8 @@ class PoolService:
     def _after_confirmation(self, peer: Peer, info: ContainerInfo | None) -> None:
         self._pool.settle()
         if info is not None:
+            with contextlib.suppress(LxcPoolError, OSError), self._init(info.name, None) as (pidfd, pid, _profile):
+                self._launcher.prepare(peer.uid, (pidfd, pid))
             trail.record(
                 "lease",
                 name=info.name,

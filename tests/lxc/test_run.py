@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lxc_pool import Container, LeaseExpired, PoolServiceProxy
-from tests.support.waiting import ends, pidfd
+from tests.support.waiting import ends, eventually, pidfd
 
 PIPE = subprocess.PIPE
 
@@ -153,3 +153,17 @@ def test_a_timeout_that_nobody_lives_to_see_is_none(container: Container, timeou
     process = container.popen(["true"])
     assert process.wait(timeout) == 0
     process.close()
+
+
+def test_who_has_run_a_command_has_the_way_into_the_next_container_looked_up_ahead(pool: PoolServiceProxy) -> None:
+    with pool.lease("first") as container, container.popen(["cat"], stdin=PIPE) as command:
+        stat = Path(f"/proc/{command.pid}/stat").read_text().rpartition(")")[2].split()
+    supervisor = Path(f"/proc/{stat[1]}/fdinfo")
+
+    def holds(pid: int | None) -> bool:
+        return any(f"\nPid:\t{pid}\n" in entry.read_text() for entry in supervisor.iterdir())
+
+    with pool.lease("second") as container:
+        init = container.init_pid
+        eventually(lambda: holds(init), "its init is known")
+    eventually(lambda: not holds(init), "it is forgotten")
