@@ -67,6 +67,29 @@ def test_a_corrupt_one_is_set_aside_and_said_so(path: Path, content: bytes) -> N
     book.close()
 
 
+def test_nothing_of_one_that_is_set_aside_comes_back(path: Path, tmp_path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    for number in range(300):  # so that the file that is lost has pages which are nowhere else
+        book.write(entry(f"b{number}"))
+    book.close()
+    book.open()
+    book.write(entry("c1"))
+    book.intend(entry("c1", State.LEASED, LEASE))
+    place = tmp_path / "killed"
+    place.mkdir()
+    for suffix in ("-wal", "-intent"):  # as they are when it is killed
+        (place / f"{path.name}{suffix}").write_bytes(path.with_name(f"{path.name}{suffix}").read_bytes())
+    book.close()
+    (place / path.name).write_bytes(b"x" * path.stat().st_size)
+    again = Ledger(place / path.name)
+    assert again.open() == ()
+    again.write(entry("c1"))
+    again.close()
+    assert again.open() == (entry("c1"),)
+    again.close()
+
+
 def test_an_entry_that_can_not_be_decoded_makes_it_a_corrupt_one(path: Path) -> None:
     book = Ledger(path)
     book.open()
