@@ -358,7 +358,17 @@ def test_a_failed_setup_and_a_failed_teardown_are_reported(run: Run) -> None:
 
 
 @pytest.mark.parametrize("fails", ["setup", "call", "teardown"])
-def test_a_failed_tests_container_is_kept(run: Run, service: MemoryService, fails: str) -> None:
+def test_a_failed_tests_container_is_kept(
+    run: Run, service: MemoryService, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds: list[float] = []
+    keep = Container.keep
+
+    def note(container: Container, ttl: float) -> None:
+        seconds.append(ttl)
+        keep(container, ttl)
+
+    monkeypatch.setattr(Container, "keep", note)
     result = run(
         f"""
         import pytest
@@ -380,6 +390,7 @@ def test_a_failed_tests_container_is_kept(run: Run, service: MemoryService, fail
     assert result.ret is pytest.ExitCode.TESTS_FAILED
     info = take_back_kept(service)
     assert info.owner_pid is None
+    assert seconds == [30]
     assert "::test_it" in str(info.id)
     enter = f"lxc-pool --host-dir {service.host_dir} exec {info.name} -- sh"
     result.stdout.fnmatch_lines(
