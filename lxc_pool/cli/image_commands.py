@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lxc_pool.cli.options import add_state_dir
 from lxc_pool.cli.output import Progress, print_json, print_table
 from lxc_pool.errors import ConfigError, ImageError, LxcPoolError
-from lxc_pool.progress import Milestone
+from lxc_pool.progress import Milestone, Milestones
 
 if TYPE_CHECKING:
     from lxc_pool import PoolServiceProxy
@@ -136,12 +136,18 @@ def _verify(arguments: argparse.Namespace) -> int:
     results: list[tuple[Image, str | None]] = []
     with _progress(arguments) as progress:
         images = images if arguments.images else list(store.list())
-        everything, seen = sum(image.size for image in images), 0
-        for image in images:
-            progress.show(Milestone(f"verifying {image.ref}", seen / everything if everything else 0.0))
-            seen += image.size
+        everything = sum(image.size for image in images) or 1
+        for number, image in enumerate(images):
+            before = sum(other.size for other in images[:number])
+            milestones = Milestones()
+
+            def show(read: int, image: Image = image, before: int = before, due: Milestones = milestones) -> None:
+                if not read or due.is_due(read / everything):
+                    progress.show(Milestone(f"verifying {image.ref}", (before + read) / everything))
+
+            show(0)
             try:
-                verify(image)
+                verify(image, show)
                 results.append((image, None))
             except ImageError as error:
                 results.append((image, str(error)))

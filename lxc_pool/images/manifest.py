@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,14 @@ def save(directory: Path, image: Image) -> None:
     temporary.rename(directory / _MANIFEST)
 
 
-def verify(image: Image) -> None:
-    """Check that the tree of *image* is what was built.
+def verify(image: Image, read: Callable[[int], None] = lambda _size: None) -> None:
+    """Check that the tree of *image* is what was built; *read* is told of the bytes so far, as by `tree.measure`.
 
     Raises:
         ImageError: It has changed, or can't be read.
     """
     try:
-        measured = tree.measure(image.rootfs)
+        measured = tree.measure(image.rootfs, read)
     except OSError as error:
         raise ImageError(f"can't read base image {image.ref}: {error}") from error
     problem = None

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lxc_pool.errors import ImageError
@@ -29,11 +29,15 @@ class Measure:
     size: int
 
 
-def measure(root: Path) -> Measure:
+def measure(root: Path, read: Callable[[int], None] = lambda _size: None) -> Measure:
     """Walk the tree under *root* in the order of its names and sum it up.
 
     The checksum covers each path, type, mode, owner, content, link target and device number: not the times, and not
     which names share an inode.
+
+    Args:
+        root: The tree.
+        read: Called after each file with the bytes so far, which come to the `size`.
 
     Raises:
         OSError: Something in it can't be read, or vanished meanwhile.
@@ -47,6 +51,7 @@ def measure(root: Path) -> Measure:
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
                 size += status.st_size
+                read(size)
         elif stat.S_ISLNK(status.st_mode):
             fields[-1] = os.readlink(path)
         elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):

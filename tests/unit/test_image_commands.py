@@ -12,6 +12,7 @@ import pytest
 
 from lxc_pool import errors
 from lxc_pool.cli.main import main
+from lxc_pool.cli.output import Progress
 from lxc_pool.images import debian
 from lxc_pool.images.store import ImageStore
 from lxc_pool.model import State
@@ -77,6 +78,23 @@ def test_a_changed_image_is_found_out(image: Commands, root: Path) -> None:
     assert image.run("verify", "other") == 0
     assert image.run("verify", "mine", "--json") == 1
     assert [each["ok"] for each in json.loads(image.out)] == [False]
+
+
+def test_a_verification_tells_how_far_it_is_within_an_image_too(
+    image: Commands, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(40):
+        (root / f"file{number}").write_bytes(bytes(1000))
+    refs = [f"{made['name']}:{made['version']}" for made in (image.json("import", name, root) for name in ("a", "b"))]
+    shown: list[tuple[str, float]] = []
+    monkeypatch.setattr(Progress, "show", lambda _self, line: shown.append((line, line.done)))
+    assert image.run("verify") == 0
+    assert shown == sorted(shown)
+    for ref, begin in zip(refs, (0.0, 0.5), strict=True):
+        told = [done for line, done in shown if line == f"verifying {ref}"]
+        assert len(told) >= 8
+        assert told[0] == pytest.approx(begin, abs=0.01)
+        assert told[-1] == pytest.approx(begin + 0.5, abs=0.07)
 
 
 def test_what_is_not_there_can_not_be_removed_or_verified(image: Commands, root: Path) -> None:
