@@ -185,6 +185,24 @@ def test_a_lane_that_dies_in_a_start_leaves_no_port(service: FaultyService, lab:
     assert len(set(all_ips(pool, 2))) == 2
 
 
+def test_neither_a_release_nor_the_next_get_waits_for_a_teardown(service: FaultyService, lab: NetLab) -> None:
+    pool = service.start(config=CONFIG)
+    pool.wait_ready()
+    service.faults.plan("stopping", "hang")
+    container = pool.lease("x", timeout=30).__enter__()
+    port = port_of(service, container)
+    container.release()
+    eventually(lambda: service.faults.hanging("stopping"), "a lane is at it, for ever")
+    with pool.lease("next", timeout=10) as other:
+        assert works(other)
+        assert port in everything(service, lab)
+        other.release()
+    assert container.name in {info.name for info in pool.containers() if info.state is State.REAPING}
+    (worker,) = service.faults.hanging("stopping")
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: port not in everything(service, lab), "another lane has done it")
+
+
 def test_a_container_whose_monitor_is_killed_leaves_no_port(service: FaultyService, lab: NetLab) -> None:
     pool = service.start(config=CONFIG)
     pool.wait_ready()

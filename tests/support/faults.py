@@ -66,6 +66,11 @@ class Faults:
     def has_happened(self, step: str, kind: Kind) -> bool:
         return any(self._directory.glob(f"happened.{step}.{kind}.*"))
 
+    def hanging(self, step: str) -> list[int]:
+        """Return the pids of those that hang at *step*."""
+        said = [path.read_text() for path in self._directory.glob(f"happened.{step}.hang.*")]
+        return [int(pid) for pid in said if pid]
+
     def forget(self) -> None:
         """Drop what was planned, and what has happened."""
         for path in self._directory.iterdir():
@@ -93,8 +98,10 @@ class Faults:
                 continue
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            while kind == "hang":
-                time.sleep(1000)
+            if kind == "hang":
+                happened.write_text(str(os.getpid()))
+                while True:
+                    time.sleep(1000)
             raise DestroyFailed(f"a test lets {step} fail")
 
 
