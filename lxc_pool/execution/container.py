@@ -29,6 +29,10 @@ _SOON, _MAX_PAUSE = 0.001, 0.05
 after that pauses are as long as it has waited, up to the second: it is frozen, or CPUs are busy. Origin: a guess."""
 
 
+_TRACED = 1.0
+"""Seconds for which another tracer of init is waited for: it may be another user's supervisor. Origin: a guess."""
+
+
 class _Waiting(NamedTuple):
     command: Command
     request: bytes
@@ -141,6 +145,7 @@ class Container:
                 return
         except OSError as exc:
             failure = _not_entered(exc)
+            self._began = 0.0
         waiting, self._waiting = self._waiting, []
         for command, request, fds in waiting:
             try:
@@ -163,8 +168,13 @@ class Container:
             return True
         assert self._where is not None
         if self._reading is None:
-            self._began = time.monotonic()
-            self._reading = Reading(self._init_pid)
+            self._began = self._began or time.monotonic()
+            try:
+                self._reading = Reading(self._init_pid)
+            except PermissionError:
+                if time.monotonic() - self._began < _TRACED:
+                    return False
+                raise
         try:
             confinement = self._reading.result()
         except OSError:

@@ -192,7 +192,11 @@ class Tracee:
         """
         _check(_libc.ptrace(_PTRACE_SEIZE, pid, None, None), "ptrace(SEIZE)")
         self._pid = pid
-        _check(_libc.ptrace(_PTRACE_INTERRUPT, pid, None, None), "ptrace(INTERRUPT)")
+        try:
+            _check(_libc.ptrace(_PTRACE_INTERRUPT, pid, None, None), "ptrace(INTERRUPT)")
+        except OSError:
+            self.bury()
+            raise
 
     def seccomp_filters(self) -> tuple[bytes, ...] | None:
         """Return the filters, oldest first, and let go of the process; None as long as it does not stand still.

@@ -22,7 +22,7 @@ import pytest
 
 from lxc_pool.client.process import Launch, Process, run
 from lxc_pool.errors import ExecFailed
-from lxc_pool.execution import cgroups, packets, strays
+from lxc_pool.execution import cgroups, namespaces, packets, strays
 from lxc_pool.execution.launcher import Launcher, check_stdio
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.execution.supervisor import HEADER, Supervisor
@@ -707,6 +707,26 @@ def test_a_command_that_is_frozen_on_its_way_in_holds_nothing_of_another_contain
         finally:
             subprocess.run(["lxc-unfreeze", *place], check=True, stdin=DEVNULL, timeout=10)
         assert waiting.result(10).returncode == 0
+
+
+def test_who_finds_init_traced_waits_for_a_moment(directory: Path, launcher: Launcher) -> None:
+    with running(directory, f"exec-{os.getpid()}-traced", launcher, seccomp=True) as traced:
+        tracee = namespaces.Tracee(traced.init_pid)  # as another user's supervisor does
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(traced.run, ["echo", "untraced"], stdout=PIPE)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.1)
+            eventually(lambda: tracee.seccomp_filters() is not None, "it stands still, and goes on")
+            assert waiting.result(10).stdout == b"untraced\n"
+
+
+def test_a_container_whose_init_stays_traced_can_not_be_entered(directory: Path, launcher: Launcher) -> None:
+    with running(directory, f"exec-{os.getpid()}-traced", launcher, seccomp=True) as traced:
+        tracee = namespaces.Tracee(traced.init_pid)
+        with pytest.raises(ExecFailed, match="not permitted"):
+            traced.run(["true"])
+        eventually(lambda: tracee.seccomp_filters() is not None, "it stands still, and goes on")
+        assert traced.run(["true"]).returncode == 0
 
 
 def test_a_container_that_ends_while_its_first_command_waits_ends_that(directory: Path, launcher: Launcher) -> None:
