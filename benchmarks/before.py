@@ -87,6 +87,9 @@ def measure(lab: Lab, revision: str, rounds: int) -> Outcome:
     with _side(lab, "before", older) as before, _side(lab, "now", ROOT) as now:
         for number in range(-_WARMUP, rounds):
             for side in (before, now) if number % 2 else (now, before):
+                # Both are at rest: one that refills later than the other would have it measured with its work.
+                before.ask("rest")
+                now.ask("rest")
                 side.measure(number)
     starts, gets = ratio_of_medians(now.starts, before.starts), ratio_of_medians(now.gets, before.gets)
     return Outcome(

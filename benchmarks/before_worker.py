@@ -2,7 +2,8 @@
 
 Run as a file, `before_worker.py TREE HOST_DIR STATE_DIR CONFIG SIZE`: this tree's `benchmarks` would import the wrong
 lxc_pool. It says `ready`, then answers each line of its stdin with one of its stdout, in seconds: `start NAME` by the
-time that making and starting took and the time of the removal, `get NAME` by that of a get.
+time that making and starting took and the time of the removal, `get NAME` by that of a get, `rest` by how long it took
+until its service had nothing to do.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> None:
                 case ["start", name]:
                     _say(*_start(backend, image, name))
                 case ["get", name]:
-                    _say(_get(pool, name, int(size)))
+                    _say(_get(pool, name))
+                case ["rest"]:
+                    _say(_rest(pool, int(size)))
 
 
 def _backend(state_dir: Path) -> Any:
@@ -69,13 +72,17 @@ def _service(tree: str, host_dir: str, state_dir: str, config: str, size: str) -
             process.terminate()
 
 
-def _get(pool: Any, name: str, size: int) -> float:
+def _rest(pool: Any, size: int) -> float:
+    begin = time.monotonic()
     pool.wait_ready(timeout=60)
     while True:
         status = pool.status()
         time.sleep(_PAUSE)  # nothing tells that all is at rest; and so long both processes sleep before what is timed
         if status.size == size and not (status.building or status.reserved or status.leased or status.reaping):
-            break
+            return time.monotonic() - begin
+
+
+def _get(pool: Any, name: str) -> float:
     begin = time.perf_counter()
     container = pool.get(name, 30)
     seconds = time.perf_counter() - begin
