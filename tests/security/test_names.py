@@ -35,7 +35,8 @@ def test_a_process_that_calls_itself_a_containers_starter_has_nothing_else_remov
     with pool.lease("mine", timeout=30) as container:
         container.keep(600)
         way_out = os.path.relpath(victim, service.containers / container.name)
-        lies = [f"{container.name}/{way_out}", f"lxp-{service.instance}-\x1b]0;evil\x07"]
+        made_up = f"lxp-{service.instance}-abcdef01-7"
+        lies = [f"{container.name}/{way_out}", f"lxp-{service.instance}-\x1b]0;evil\x07", made_up]
         liars = [
             subprocess.Popen(
                 ["sh", "-c", "sleep 1000; :", "lxc-start", "-P", str(service.containers), "-n", lie],
@@ -50,6 +51,7 @@ def test_a_process_that_calls_itself_a_containers_starter_has_nothing_else_remov
             cleanup = service.cli("cleanup", "--execute", "--state-dir", service.state_dir)
             assert (victim / "file").exists(), cleanup.stdout
             assert "\x1b" not in audit.stdout + cleanup.stdout
+            assert (made_up in audit.stdout) is (user == 0)
             with service.start(size=1) as pool:
                 pool.wait_ready()
                 assert (victim / "file").exists()
