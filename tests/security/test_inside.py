@@ -530,7 +530,7 @@ def test_nobody_on_the_host_gets_into_containers_or_images(
         for path in (
             *(real.state_dir / "images", real.state_dir / "ledger.db", real.state_dir / "ledger.db-wal"),
             *(real.containers, real.state_dir, directory, directory / "config", directory / "lxc.log"),
-            directory / "console.log",
+            *(directory / "console.log", directory / "lease", real.state_dir / "ledger.db-intent"),
             *(Path(f"/proc/{init}/root/etc"), Path(f"/proc/{init}/cwd"), Path(f"/proc/{init}/environ")),
         ):
             try:

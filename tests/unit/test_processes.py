@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -25,6 +29,15 @@ from lxc_pool.host.processes import (
 )
 from tests.support.descriptors import few_descriptors
 from tests.support.processes import open_descriptors, sleeper
+
+
+@contextlib.contextmanager
+def open_directory() -> Iterator[Path]:
+    """Have a directory that every user may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="lxp-test-") as path:
+        Path(path).chmod(0o755)
+        yield Path(path)
+
 
 TREE = "sh -c 'sleep infinity & wait' & sleep infinity & echo ready; wait"
 
@@ -217,5 +230,16 @@ def test_a_process_is_our_own_by_all_its_uids_and_namespaces() -> None:
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, user=user) as process:
             while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
                 os.sched_yield()  # it has to be executed first
-            assert not is_our_own(process.pid)
+            ours = is_our_own(process.pid)
             process.kill()
+        assert not ours
+    with open_directory() as place:  # a set-uid program is its user's, whoever it runs as
+        program = place / "program"
+        shutil.copy(shutil.which("sleep") or "", program)
+        program.chmod(0o4755)
+        with subprocess.Popen([program, "infinity"], stdin=subprocess.DEVNULL, user=65534) as process:
+            while Path(f"/proc/{process.pid}/comm").read_text() != "program\n":
+                os.sched_yield()  # as above
+            ours = is_our_own(process.pid)
+            process.kill()
+        assert not ours
