@@ -296,6 +296,10 @@ class RecordingLauncher:
         assert f"Pid:\t{init_pid}\n" in Path(f"/proc/self/fdinfo/{init_pidfd}").read_text()
         self.launched.append((uid, request, init_pid))
 
+    def prepare(self, uid: int, init: tuple[int, int]) -> None:
+        assert uid == os.geteuid()
+        assert f"Pid:\t{init[1]}\n" in Path(f"/proc/self/fdinfo/{init[0]}").read_text()
+
 
 def test_a_command_is_handed_on_with_its_descriptors_and_the_containers_init(
     service: MemoryService, monkeypatch: pytest.MonkeyPatch
