@@ -161,7 +161,11 @@ def test_who_has_run_a_command_has_the_way_into_the_next_container_looked_up_ahe
     supervisor = Path(f"/proc/{stat[1]}/fdinfo")
 
     def holds(pid: int | None) -> bool:
-        return any(f"\nPid:\t{pid}\n" in entry.read_text() for entry in supervisor.iterdir())
+        found = False
+        for entry in supervisor.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has been closed just now
+                found |= f"\nPid:\t{pid}\n" in entry.read_text()
+        return found
 
     with pool.lease("second") as container:
         init = container.init_pid

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,7 +160,8 @@ def test_where_there_are_no_pidfds_a_tree_is_killed_nevertheless(monkeypatch: py
     def refuse(*_arguments: int) -> int:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr("os.pidfd_open", refuse)
+    # Not in `os`: psutil has looked when it was imported whether there are any, and would take that for a bug.
+    monkeypatch.setattr("lxc_pool.host.processes.os", types.SimpleNamespace(**vars(os) | {"pidfd_open": refuse}))
     with sleeper() as process:
         assert kill_tree(identify(process.pid), timeout=0) in ([], [process.pid])
         process.wait(10)  # psutil may have taken its status
