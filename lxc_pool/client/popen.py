@@ -1,10 +1,11 @@
 """A command in a container, as `subprocess.Popen` has it.
 
- caller ── Process ──launch()──► service ─► agent ─► supervisor ─► command in the container
-              │ ▲                                        │ ▲
-              │ └─ control: Started, Failed, Exited ─────┘ │      a SOCK_SEQPACKET pair
-              └─── Signal, KillTree, end of file ──────────┘
-           our ends of the pipes ◄────────────────────────────► the command's streams
+ caller ── Process ──launch()──► service ─► supervisor ─► command in the container
+              │ ▲                                │ ▲
+              │ └─ control: Started, Failed ─────┘ │      a SOCK_SEQPACKET pair
+              │             and Exited             │
+              └─── Signal, KillTree, end of file ──┘
+           our ends of the pipes ◄────────────────────► the command's streams
 
 What differs from `subprocess`: `pid` is the host's number of the command's process. A command whose client ends, or
 whose `Process` is garbage-collected while it runs, is killed with all that came of it. A stream left None is inherited

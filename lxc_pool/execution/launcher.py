@@ -168,8 +168,10 @@ class Launcher:
             init: As for `launch`.
         """
         pidfd, pid = init
-        with self._lock:
-            line = self._lines.get(uid)
+        if not self._lock.acquire(blocking=False):  # somebody may be waiting for an agent that hangs
+            return
+        line = self._lines.get(uid)
+        self._lock.release()
         if line is None or not line.lock.acquire(blocking=False):
             return
         try:

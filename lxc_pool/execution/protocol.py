@@ -1,8 +1,8 @@
-"""What client, service, agent and supervisor say to each other about one command.
+"""What client, service and supervisor say to each other about one command.
 
- client ──ExecRequest, 4 descriptors──► service ──► agent ──► supervisor
-    ▲                                                             │
-    └───────────── control: a SOCK_SEQPACKET pair ────────────────┘
+ client ──ExecRequest, 4 descriptors──► service ──► supervisor
+    ▲                                                   │
+    └────────── control: a SOCK_SEQPACKET pair ─────────┘
       Started, Failed, Exited ◄──                 ──► Signal, KillTree, end of file
 
 One message is one packet of the control socket. The agent loads this module, so it imports next to nothing (`json` and
