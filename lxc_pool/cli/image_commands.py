@@ -150,7 +150,10 @@ def _verify(arguments: argparse.Namespace) -> int:
                 verify(image, show)
                 results.append((image, None))
             except ImageError as error:
-                results.append((image, str(error)))
+                if image.rootfs.parent.exists():
+                    results.append((image, str(error)))
+                else:  # replaced by a newer version, most likely: the service removes those
+                    progress.show(f"{image.ref} was removed meanwhile")
     if arguments.json:
         print_json([{"name": i.name, "version": i.version, "ok": not wrong, "problem": wrong} for i, wrong in results])
     else:

@@ -67,8 +67,7 @@ class Session:
         """Serve the connection until it ends; closes it."""
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self.let_in = self._let_in()
-            if self.let_in:
+            if self._let_in():
                 self._channel.before_large = self._take_turn
                 while self._serve_one():
                     pass
@@ -150,8 +149,9 @@ class Session:
             )
         if denied is not None:
             self._record_refusal(denied)
+        self.let_in = denied is None  # before it is told: from then on it takes no stranger's place
         self._send(messages.encode_failure(denied) if denied else messages.encode_result(messages.PROTOCOL))
-        return denied is None
+        return self.let_in
 
     def _serve_one(self) -> bool:
         """Take one call and answer it; return whether to go on."""

@@ -497,6 +497,22 @@ def test_of_silent_connections_only_some_of_each_user_are_kept(
         channel.close()
 
 
+def test_who_has_been_let_in_takes_no_strangers_place(service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_MAX_STRANGERS", 1)
+    go_on, send = threading.Event(), session.Session._send
+
+    def send_and_be_slow(self: session.Session, body: bytes) -> None:
+        send(self, body)
+        assert go_on.wait(SOON)
+
+    monkeypatch.setattr(session.Session, "_send", send_and_be_slow)
+    try:
+        for _ in range(3):  # each has its answer, though its thread has not gone on
+            service.channel().close()
+    finally:
+        go_on.set()
+
+
 def test_a_service_whose_backlog_is_full_is_said_to_be_busy(open_path: Path) -> None:
     path = hostdir.socket_path(open_path)
     hostdir.key_path(open_path).write_bytes(b"k" * 32)

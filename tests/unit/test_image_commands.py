@@ -13,7 +13,7 @@ import pytest
 from lxc_pool import errors
 from lxc_pool.cli.main import main
 from lxc_pool.cli.output import Progress
-from lxc_pool.images import debian
+from lxc_pool.images import debian, tree
 from lxc_pool.images.store import ImageStore
 from lxc_pool.model import State
 from lxc_pool.service import directories
@@ -95,6 +95,22 @@ def test_a_verification_tells_how_far_it_is_within_an_image_too(
         assert len(told) >= 8
         assert told[0] == pytest.approx(begin, abs=0.01)
         assert told[-1] == pytest.approx(begin + 0.5, abs=0.07)
+
+
+def test_what_is_removed_during_a_verification_is_no_changed_image(
+    image: Commands, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = image.json("import", "mine", root), image.json("import", "mine", root)
+    measure = tree.measure
+
+    def remove_the_old_and_measure(*arguments: Any) -> tree.Measure:
+        image.store.collect(keep=())
+        return measure(*arguments)
+
+    monkeypatch.setattr(tree, "measure", remove_the_old_and_measure)
+    assert image.run("verify") == 0
+    assert f"mine:{old['version']} was removed meanwhile" in image.err
+    assert image.out.splitlines() == [f"mine:{new['version']}: unchanged since it was made"]
 
 
 def test_what_is_not_there_can_not_be_removed_or_verified(image: Commands, root: Path) -> None:
