@@ -231,7 +231,8 @@ class Command:
             self._finish()  # background processes go on
         else:
             self._close_control()
-            if self._grace and not self._entering:
+            if self._grace and self._pid:
+                # Before it has begun that simply ends it; and it may have begun without our having heard of it yet.
                 self._signal(signal.SIGTERM)
                 self._loop.call_later(self._grace, self._end_grace)
             else:

@@ -20,8 +20,9 @@ from lxc_pool.client.control import Control
 from lxc_pool.client.process import Process
 from lxc_pool.client.stdio import Streams
 from lxc_pool.errors import ExecFailed
-from lxc_pool.execution import entry, packets
+from lxc_pool.execution import entry, packets, strays
 from lxc_pool.execution.cgroups import CommandCgroup, Membership, parse_mounts, plan
+from lxc_pool.execution.command import Command, Loop
 from lxc_pool.execution.confinement import Changes, Confinement
 from lxc_pool.execution.launcher import Launcher
 from lxc_pool.execution.protocol import (
@@ -163,6 +164,25 @@ def test_processes_that_there_are_too_few_descriptors_for_are_killed_bit_by_bit(
                 pass
         kernel.join(10)
     assert not living
+
+
+def test_an_operation_may_tidy_up_though_its_beginning_is_heard_of_after_its_clients_end(tmp_path: Path) -> None:
+    client, control = packets.pair()
+    its_end, report = packets.pair()
+    hunt = strays.Hunt(str(tmp_path), 0, lambda: None)
+    loop, done = Loop(), list[Command]()
+    command = Command(loop, CommandCgroup(str(tmp_path), "command"), control, hunt, done.append, grace=1000.0)
+    tidy = "trap 'echo tidy; exit' TERM; echo begun; while true; do read -r line; done"
+    with subprocess.Popen(["sh", "-c", tidy], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        command.begin(process.pid, os.pidfd_open(process.pid), report)
+        its_end.close()
+        client.close()  # both are to be heard now, in an order that nothing promises
+        while not done:
+            loop.turn()
+        assert process.stdout.readline() == "tidy\n"
+        process.returncode = 0  # the command has waited for it
 
 
 def test_a_used_cgroup_is_not_removed(tmp_path: Path) -> None:
