@@ -115,6 +115,7 @@ def _work(connection: Connection, backend: LxcBackend, image: Image, name: str) 
         signal.signal(signum, signal.SIG_IGN)
     number = 0
     with contextlib.suppress(EOFError, BrokenPipeError):
+        backend.open()
         while True:
             order: Order = connection.recv()
             work = Work([], [], 0.0)

@@ -6,7 +6,7 @@ Its own cgroup is a child of init's in the v2 hierarchy (pure or hybrid hosts), 
 A write to `cgroup.procs` waits for an RCU grace period if nobody on the host moved a process in the last one, 8 to
 13 ms on an idle host, and holds the lock of all cgroups meanwhile. A thread that writes 0 to `tasks` moves itself alone
 and waits for none: 0.2 ms for nine hierarchies (measured; Linux 5.6 and later, see `cgroup_procs_write_start` in
-kernel/cgroup/cgroup.c). What joins has one thread. The v2 hierarchy needs no write, see `namespaces.clone_sibling`.
+kernel/cgroup/cgroup.c). What joins has one thread. The v2 hierarchy needs no write, see `namespaces.clone`.
 """
 
 from __future__ import annotations

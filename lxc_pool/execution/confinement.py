@@ -14,6 +14,7 @@ import resource
 from typing import NamedTuple
 
 from lxc_pool.execution import namespaces
+from lxc_pool.host import seccomp
 
 _KINDS = (
     ("user", namespaces.CLONE_NEWUSER),
@@ -100,7 +101,7 @@ class Confinement(NamedTuple):
         if self.no_new_privs:
             namespaces.set_no_new_privs()
         for code in self.filters:
-            namespaces.install_seccomp_filter(code)
+            seccomp.install(code)
 
 
 class Reading:

@@ -34,12 +34,10 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
-_PR_SET_SECCOMP = 22
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
-_SECCOMP_MODE_FILTER = 2
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 _PTRACE_DETACH = 17
@@ -69,10 +67,6 @@ class _CloneArgs(ctypes.Structure):
             *("set_tid", "set_tid_size", "cgroup"),
         )
     ]
-
-
-class _FilterProgram(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
 def setns(fd: int, flags: int) -> None:
@@ -223,12 +217,6 @@ class Tracee:
             os.waitpid(self._pid, _WALL | os.WNOHANG)
 
 
-def install_seccomp_filter(code: bytes) -> None:
-    """Filter this process's system calls from now on; needs CAP_SYS_ADMIN in its user namespace or no_new_privs."""
-    program = _FilterProgram(len(code) // 8, code)
-    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
-
-
 def _seccomp_filter(pid: int, index: int) -> bytes | None:
     length = _libc.ptrace(_PTRACE_SECCOMP_GET_FILTER, pid, index, None)
     if length < 0 and ctypes.get_errno() == errno.ENOENT:  # no more of them
@@ -238,8 +226,8 @@ def _seccomp_filter(pid: int, index: int) -> bytes | None:
     return code.raw
 
 
-def _prctl(option: int, argument: int, address: int = 0) -> None:
-    if _libc.prctl(option, argument, address, 0, 0) < 0:
+def _prctl(option: int, argument: int) -> None:
+    if _libc.prctl(option, argument, 0, 0, 0) < 0:
         _raise(f"prctl({option})")
 
 

@@ -86,7 +86,7 @@ def test_the_profile_that_is_shipped_is_the_one_that_is_named_and_may_be_replace
 @pytest.mark.parametrize("profile", [apparmor.PROFILE, None])
 def test_a_container_names_the_profile_that_it_is_to_run_under(tmp_path: Path, profile: str | None) -> None:
     blueprint = Blueprint("c1", ProfileConfig("default", 1), IMAGE, 0.0)
-    text = container_config.render(blueprint, tmp_path, tmp_path / "seccomp", 100_000, profile)
+    text = container_config.render(blueprint, tmp_path, 100_000, profile)
     named = [line for line in text.splitlines() if line.startswith("lxc.apparmor")]
     assert named == ([] if profile is None else [f"lxc.apparmor.profile = {profile}"])
 

@@ -32,17 +32,15 @@ _DEVICES = ("c 1:3", "c 1:5", "c 1:7", "c 1:8", "c 1:9", "c 5:0", "c 5:1", "c 5:
 """null, zero, full, random, urandom, tty, console, ptmx, pts: what a privileged container may use."""
 
 
-def render(
-    blueprint: Blueprint, directory: Path, seccomp: Path, first_id: int | None, apparmor: str | None = None
-) -> str:
+def render(blueprint: Blueprint, directory: Path, first_id: int | None, apparmor: str | None = None) -> str:
     """Return the configuration of one container.
 
-    Debian's `common.conf` is not included: its reboot hook sleeps half a second in each stop (measured).
+    Debian's `common.conf` is not included: its reboot hook sleeps half a second in each stop (measured). There is no
+    seccomp policy: whoever starts it has one on, see `host.seccomp`.
 
     Args:
         blueprint: What it is made of.
         directory: Where its files are.
-        seccomp: The seccomp policy.
         first_id: The first of its range of ids; None: it is privileged.
         apparmor: The AppArmor profile to run under; None: liblxc's own, if the host has AppArmor.
     """
@@ -55,7 +53,6 @@ def render(
         ("lxc.pty.max", "1024"),
         *console.settings(directory),
         ("lxc.mount.entry", "tmpfs dev/shm tmpfs nosuid,nodev,create=dir,mode=1777 0 0"),
-        ("lxc.seccomp.profile", str(seccomp)),
         ("lxc.log.file", str(directory / "lxc.log")),
         ("lxc.log.level", "ERROR"),
     ]

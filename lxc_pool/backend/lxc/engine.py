@@ -38,7 +38,7 @@ from lxc_pool.backend.lxc import (
 )
 from lxc_pool.backend.protocol import Blueprint, Endpoint
 from lxc_pool.errors import CloneFailed, ConfigError, DestroyFailed, ImageError, StartFailed
-from lxc_pool.host import apparmor, cgroups, idranges, mounts, netlink
+from lxc_pool.host import apparmor, cgroups, idranges, mounts, netlink, seccomp
 from lxc_pool.host.processes import ProcessIdentity, has_executed, identify
 from lxc_pool.images.store import Image, ImageStore, verify
 
@@ -55,8 +55,6 @@ _END_TIMEOUT = 2
 
 _ENVIRONMENT = {"PATH": "/nonexistent"}
 """Of lxc-start. With newuidmap on PATH liblxc uses it, which takes 1.8 times as long and knows /etc/subuid only."""
-
-_SECCOMP_POLICY = Path(__file__).with_name("seccomp.policy")
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -92,8 +90,12 @@ class LxcBackend:
         self._told_of_apparmor = False
 
     def open(self) -> None:
-        """See `Backend.open`: what is mounted for a start is seen by this worker and the containers alone."""
+        """See `Backend.open`: what is mounted for a start is seen by this worker and the containers alone.
+
+        From here on this process is under the containers' seccomp policy, which they inherit.
+        """
         mounts.enter_private_namespace()
+        seccomp.install(seccomp.compiled())
         self._cgroup_trees = cgroups.hierarchies()
 
     def prepare(self, image_name: str) -> Image:
@@ -119,6 +121,8 @@ class LxcBackend:
 
     def create(self, blueprint: Blueprint) -> ProcessIdentity:
         """See `Backend.create`."""
+        if self._cgroup_trees is None:
+            raise StartFailed("this process is not open: its containers would have no seccomp policy")
         directory = self.lxcpath / blueprint.name
         try:
             return self._create(blueprint, directory)
@@ -227,7 +231,7 @@ class LxcBackend:
         # By rename, so that a clone cut short has either no configuration or a whole one.
         partial = directory / "config.partial"
         profile = None if blueprint.profile.privileged else self._apparmor_profile()
-        text = container_config.render(blueprint, directory, _SECCOMP_POLICY, first_id, profile)
+        text = container_config.render(blueprint, directory, first_id, profile)
         partial.write_text(text, encoding="ascii")
         partial.rename(directory / "config")
         return first_id
