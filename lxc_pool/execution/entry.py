@@ -156,7 +156,7 @@ def enter_and_exec(
         os.setgroups(user.groups)
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
-        namespaces.set_undumpable()
+        namespaces.set_undumpable()  # as in _enter
         stage, text = "cwd", request.cwd
         os.chdir(request.cwd.encode("utf-8", "surrogateescape"))
         stage, text = "exec", request.argv[0]
@@ -237,7 +237,7 @@ def _enter(flags: int) -> None:  # pragma: no cover - as above
     if flags & namespaces.CLONE_NEWUSER:
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
-    namespaces.set_undumpable()  # a change of ids may have reset it: fs.suid_dumpable, proc(5)
+    namespaces.set_undumpable()  # a change of ids has reset it where fs.suid_dumpable is 1, proc_sys_fs(5)
 
 
 def _take_terminal(wanted: Terminal | None, user: identity.Identity) -> None:  # pragma: no cover - as above

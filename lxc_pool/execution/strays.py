@@ -8,7 +8,7 @@ commands' cgroups with a limit that is not above its own mark; those of later co
 The limit is that of file locks, which the kernel does not look at (getrlimit(2): Linux 2.4.0 to 2.4.24 did).
 
 Out of reach: root of a privileged container, who can raise the limit again; and what a command has another process do,
-one that the container's init has started.
+one that the container's init has started. Those end with the container.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ def check(state_dir: Path, network: NetworkConfig | None = None, instance: str =
         user_namespaces(),
         descriptors(),
         inotify(),
+        changes_of_user(),
         apparmor(),
     )
     return found if network is None else (*found, bridge_network(network, instance))
@@ -223,6 +224,20 @@ def inotify() -> Requirement:
         fix = f"sysctl fs.inotify.max_user_instances={GOOD_INOTIFY * 8}"
         return Requirement("inotify", False, f"{limit} instances for all containers", fix, advice=True)
     return Requirement("inotify", True, f"{limit} instances")
+
+
+def changes_of_user() -> Requirement:
+    """Check that a process which changes its user stays closed to others until it says otherwise.
+
+    A command does on its way into a container. With 1 the kernel opens it, and it can close itself only after that.
+    Source: fs.suid_dumpable in Linux Documentation/admin-guide/sysctl/fs.rst, which calls 1 insecure.
+    """
+    value = _number("/proc/sys/fs/suid_dumpable")
+    if value == 1:
+        fix = "sysctl fs.suid_dumpable=0"
+        detail = "fs.suid_dumpable is 1: for a moment, a container can trace a command that is about to enter it"
+        return Requirement("suid_dumpable", False, detail, fix, advice=True)
+    return Requirement("suid_dumpable", True, "not in this kernel" if value is None else str(value))
 
 
 def apparmor(sysfs: Path = Path("/sys")) -> Requirement:

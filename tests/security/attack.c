@@ -14,6 +14,7 @@
 #include <linux/keyctl.h>
 #include <net/if.h>
 #include <sched.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -331,6 +332,48 @@ static int nested(void) {
     return 0;
 }
 
+/* Raise a hard limit of a process, of all by one and for good; that of file locks is what strays are known by. */
+static void raise_locks(const char *what, pid_t pid) {
+    struct rlimit limit;
+    char name[64];
+    getrlimit(RLIMIT_LOCKS, &limit);
+    struct rlimit by_one = {limit.rlim_cur, limit.rlim_max + 1}, none = {RLIM_INFINITY, RLIM_INFINITY};
+    snprintf(name, sizeof name, "%s_by_one", what);
+    say(name, prlimit(pid, RLIMIT_LOCKS, &by_one, NULL));
+    snprintf(name, sizeof name, "%s_for_good", what);
+    say(name, prlimit(pid, RLIMIT_LOCKS, &none, NULL));
+}
+
+static int unmark(void) {
+    pid_t child;
+    raise_locks("itself", 0);
+    if (!(child = fork())) pause();
+    raise_locks("a_child", child);
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+    if (!(child = fork())) {
+        setsid();
+        if (!(child = fork())) raise_locks("a_daemon", 0);
+        waitpid(child, NULL, 0);
+        _exit(0);
+    }
+    waitpid(child, NULL, 0);
+    if (!(child = fork())) {
+        uid_t uid = geteuid();
+        say("unshare", unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS));
+        int map = open("/proc/self/uid_map", O_WRONLY);
+        dprintf(map, "0 %d 1", uid);
+        if (!(child = fork())) raise_locks("a_nested_root", 0);
+        waitpid(child, NULL, 0);
+        _exit(0);
+    }
+    waitpid(child, NULL, 0);
+    struct rlimit lower = {5, 5};
+    say("lower", setrlimit(RLIMIT_LOCKS, &lower));
+    raise_locks("a_lower_one", 0);
+    return 0;
+}
+
 static int streams(void) {
     for (int fd = 0; fd < 256; fd++) {
         char path[64], target[256];
@@ -484,6 +527,7 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "projects")) return projects(argv[2]);
     if (!strcmp(what, "map")) return mapped(argv[2], atol(argv[3]));
     if (!strcmp(what, "deep")) return deep(argv[2], atol(argv[3]));
+    if (!strcmp(what, "unmark")) return unmark();
     if (!strcmp(what, "streams")) return streams();
     fprintf(stderr, "attack: nothing called '%s'\n", what);
     return 2;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import subprocess
 from collections.abc import Iterator
@@ -12,8 +14,9 @@ import pytest
 from lxc_pool import Container, PoolServiceProxy, State
 from lxc_pool.client.process import Process
 from lxc_pool.host import apparmor
+from tests.security.attackers import Attacker
 from tests.support.real_service import Service, running
-from tests.support.waiting import eventually
+from tests.support.waiting import ends, eventually, pidfd
 
 CONFIG = """\
 [pool]
@@ -126,3 +129,50 @@ def test_background_processes_go_on_as_ever(container: Container) -> None:
     with begun(container, "(sh -c '. /leave; exec >/dev/null; exec sleep 1000' &); exit 0") as command:
         assert command.wait(10) == 0
     assert sleepers(container) == ["1000"]
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_the_mark_can_not_be_taken_off(pool: PoolServiceProxy, attack_program: bytes, user: int) -> None:
+    with pool.lease("strays", timeout=30) as container:
+        attacker = Attacker(container, attack_program)
+        container.run(["chmod", "4755", "/attack"], check=True)  # user 1000 becomes root by executing it
+        answers = attacker.run("unmark", user=user)
+    assert (answers.pop("unshare"), answers.pop("lower")) == ("ok", "ok")
+    assert len(answers) == 10
+    assert set(answers.values()) == {"EPERM"}
+
+
+UNMARKED = {
+    "of init's": "echo ::respawn:sleep 1000 >>/etc/inittab; kill -HUP 1; echo left",
+    "without its mark": "(sh -c '. /leave; ulimit -H -x unlimited; exec sleep 1000' &); exit 0",
+}
+
+
+@pytest.mark.parametrize("way", UNMARKED)
+def test_what_has_no_mark_goes_on_as_long_as_the_container(container: Container, way: str) -> None:
+    if way == "without its mark" and not (container.profile == "root" and may_raise_limits(container)):
+        pytest.skip("only root of a privileged container can take it off, and only where the service could")
+    with begun(container, UNMARKED[way]) as command:
+        command.kill_tree()
+    assert sleepers(container) == ["1000"]
+    (stray,) = inside(container, b"sleep\0001000\0")
+    with pidfd(stray) as descriptor:
+        container.release()
+        assert ends(descriptor)
+
+
+def may_raise_limits(container: Container) -> bool:
+    """Tell whether root of a container has CAP_SYS_RESOURCE."""
+    status = Path(f"/proc/{container.init_pid}/status").read_text()
+    return bool(int(status.partition("CapBnd:")[2].split()[0], 16) >> 24 & 1)
+
+
+def inside(container: Container, command: bytes) -> list[int]:
+    """Return the host's pids of all in the container that have this command line."""
+    namespace = os.readlink(f"/proc/{container.init_pid}/ns/pid")
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/ns/pid") == namespace:
+                found += [int(pid)] if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(command) else []
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ from lxc_pool.execution.launcher import check_mountable
 from lxc_pool.execution.protocol import MOUNT, ExecRequest, ProtocolError
 from lxc_pool.host import mount_calls
 from tests.support.processes import in_child
+
+_PR_GET_DUMPABLE = 3
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFDIR, stat.S_IFREG])
@@ -110,3 +113,12 @@ def test_other_operations_have_none_and_keep_their_input() -> None:
         return signal.getitimer(signal.ITIMER_REAL)[0], os.path.samestat(os.fstat(0), before)
 
     assert in_child(act) == (0.0, True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_who_has_made_the_user_namespace_of_a_mount_is_closed_again() -> None:
+    def closed() -> tuple[bool, str]:
+        mounting._make_user_namespace(mounting.Owner(1000, 1001), None)
+        return bool(ctypes.CDLL(None).prctl(_PR_GET_DUMPABLE)), Path("/proc/self/setgroups").read_text("ascii")
+
+    assert in_child(closed) == (False, "deny\n")

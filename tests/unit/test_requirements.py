@@ -206,6 +206,15 @@ def test_few_inotify_instances_are_advice_only(monkeypatch: pytest.MonkeyPatch, 
     assert found.ok or found.advice
 
 
+@pytest.mark.parametrize(("value", "ok"), [(None, True), (0, True), (1, False), (2, True)])
+def test_a_host_that_opens_who_changes_its_user_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, value: int | None, ok: bool
+) -> None:
+    monkeypatch.setattr(requirements, "_number", lambda _path: value)
+    found = requirements.changes_of_user()
+    assert (found.ok, found.advice, bool(found.fix)) == (ok, not ok, not ok)
+
+
 def test_a_program_that_hangs_or_is_missing_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements, "_TIMEOUT", 0.01)
     assert requirements._run(["sleep", "60"]).returncode == 127
