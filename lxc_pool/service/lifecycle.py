@@ -53,6 +53,7 @@ class Lease:
         ttl: Seconds that the lease lasts from its confirmation; None: it lasts until it is released or its owner ends.
         expires: Monotonic time at which it ends, if it has a ttl and is confirmed.
         expiry: The timer for that.
+        revision: How often it was changed since its hand-off.
     """
 
     request: str
@@ -62,6 +63,11 @@ class Lease:
     ttl: float | None = None
     expires: float | None = None
     expiry: Timer | None = None
+    revision: int = 0
+
+    def entry(self) -> LeaseEntry:
+        """Return what the ledger holds of it."""
+        return LeaseEntry(self.request, self.id, self.uid, self.owner, self.expires, self.revision)
 
 
 @dataclasses.dataclass(slots=True)
@@ -117,7 +123,7 @@ class Member:
             image=self.image,
             recipe=self.recipe,
             init=self.init.identity if self.init else None,
-            lease=LeaseEntry(lease.request, lease.id, lease.uid, lease.owner, lease.expires) if lease else None,
+            lease=lease.entry() if lease else None,
             reason=self.reason,
             endpoint=self.endpoint,
         )

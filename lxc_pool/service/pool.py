@@ -230,6 +230,7 @@ class Pool:
             if drop_owner:
                 lease.owner = None
             lease.expires = self._watch.now() + (min(ttl, self._config.max_keep) if lease.owner is None else ttl)
+            lease.revision += 1
             try:
                 self._stock.rewrite(member)
             except BackendError:

@@ -88,5 +88,7 @@ def _member(entry: Entry, *, goes_on: bool) -> Member:
         member.state = entry.state
         if entry.lease is not None:
             lease = entry.lease
-            member.lease = Lease(lease.request, lease.id, lease.uid, lease.owner, expires=lease.expires)
+            member.lease = Lease(
+                lease.request, lease.id, lease.uid, lease.owner, expires=lease.expires, revision=lease.revision
+            )
     return member

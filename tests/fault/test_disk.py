@@ -8,12 +8,13 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lxc_pool import BackendError, PoolServiceProxy, PoolTimeout, State
+from lxc_pool import BackendError, LeaseError, PoolServiceProxy, PoolTimeout, State
 from lxc_pool.host import idranges
 from lxc_pool.host.residue import LOCKS
 from tests.support.faults import FaultyService
@@ -285,7 +286,7 @@ def test_a_ledger_that_is_lost_is_begun_anew_with_the_leases_and_the_host_cleane
         assert aside.read_bytes() == content
         assert str(aside) in notice
     else:
-        assert "had lost 2 leases" in notice
+        assert "had lost what was newest of 2 leases" in notice
     assert notice in service.log
     assert json.loads(service.cli("status", "--json").stdout)["ledger"] == notice
     assert notice in service.cli("status").stdout
@@ -318,6 +319,53 @@ def test_an_older_copy_of_the_ledger_ends_no_lease_and_gives_nothing_out_twice(s
                 with pool.lease("x") as other:
                     assert other.name not in leases
                 assert "had lost" in str(pool.status().ledger)
+    assert_healed(service, pool)
+
+
+def test_an_older_copy_of_the_ledger_revokes_no_renewal_no_keep_no_hand_off_and_no_release(
+    service: FaultyService,
+) -> None:
+    pool = service.start(size=3)
+    pool.wait_ready()
+    script = "c = pool.get('kept', 30); print(c.name, flush=True); sys.stdin.readline(); c.keep(600)"
+    with service.client(script) as keeper, subprocess.Popen(["sleep", "infinity"]) as other:
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        kept = keeper.stdout.readline().strip()
+        ends = time.monotonic() + 2  # not before the row says
+        renewed = pool.get("renewed", 30, ttl=2)
+        released = pool.get("released", 30)
+        assert renewed is not None
+        assert released is not None
+        pool.wait_ready()
+        copies = {path: path.read_bytes() for path in service.state_dir.glob("ledger.db*")}
+        renewed.renew(600)
+        keeper.stdin.write("\n")
+        keeper.stdin.flush()
+        assert keeper.wait(30) == 0
+        handed = pool.get("handed", 30, owner=other.pid)
+        assert handed is not None
+        service.faults.plan("stopping", "hang")
+        released.release()
+        eventually(lambda: service.faults.has_happened("stopping", "hang"), "a lane is about to stop it")
+        service.kill()
+        service.faults.forget()
+        eventually(lambda: time.monotonic() > ends, "what was renewed has ended by its older row")
+        for path in service.state_dir.glob("ledger.db*"):
+            path.unlink()
+        for path, content in copies.items():
+            path.write_bytes(content)
+        pool = service.start(size=3)
+        assert_healed(service, pool, leased=[renewed.name, kept, handed.name])
+        infos = {info.name: info for info in pool.containers()}
+        assert infos[handed.name].owner_pid == other.pid
+        assert infos[kept].owner_pid is None
+        with pytest.raises(LeaseError):
+            released.run(["true"])
+        other.kill()
+        assert_healed(service, pool, leased=[renewed.name, kept])
+    renewed.release()
+    assert service.cli("release", kept).returncode == 0
     assert_healed(service, pool)
 
 

@@ -334,7 +334,7 @@ def test_a_lease_whose_row_is_lost_is_found_beside_its_container(path: Path, old
         database.close()
         assert ledger.read(path) == (entry("c1", State.LEASED, LEASE),)
     assert book.open() == (entry("c1", State.LEASED, LEASE),)
-    assert "had lost 1 leases, that of c1" in str(book.notice)
+    assert "had lost what was newest of 1 leases, that of c1" in str(book.notice)
     book.note_unknown({"c1"})
     assert "had lost" in str(book.notice)
     book.close()
@@ -355,6 +355,50 @@ def test_what_is_beside_a_container_is_as_new_as_its_row(beside: Path, path: Pat
     assert book.open() == (entry("c1", State.LEASED, kept),)
     book.close()
     assert (beside / "lease").exists()
+
+
+@pytest.mark.parametrize("act", [State.LEASED, State.REAPING])
+def test_an_older_copy_revokes_nothing(beside: Path, path: Path, act: State) -> None:
+    """Of a lease that was changed, the newest holds; one that has ended does not come back."""
+    assert (beside / "lease").exists()
+    copy = path.read_bytes()
+    changed = LeaseEntry("r1", "x", 1000, None, 1.0, revision=1)
+    newest = entry("c1", act, changed if act is State.LEASED else None)
+    book = Ledger(path)
+    book.open()
+    book.write(newest)
+    book.close()
+    path.write_bytes(copy)
+    assert ledger.read(path) == (newest,)
+    assert book.open() == (newest,)
+    assert "had lost" in str(book.notice)
+    book.close()
+
+
+@pytest.mark.usefixtures("beside")
+def test_a_container_is_known_to_be_removed_though_its_row_can_not_be_written(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    assert book._database is not None
+    book._database.execute("PRAGMA query_only = ON")
+    with pytest.raises(BackendError):
+        book.write(entry("c1", State.REAPING))
+    book.close()
+    assert book.open() == (entry("c1", State.REAPING),)
+    book.close()
+
+
+@pytest.mark.usefixtures("beside")
+def test_a_change_that_is_refused_does_not_hold(path: Path) -> None:
+    book = Ledger(path)
+    book.open()
+    assert book._database is not None
+    book._database.execute("PRAGMA query_only = ON")
+    with pytest.raises(BackendError):
+        book.write(entry("c1", State.LEASED, LeaseEntry("r1", "x", 1000, None, 1.0, revision=1)))
+    book.close()
+    assert book.open() == (entry("c1", State.LEASED, LEASE),)
+    book.close()
 
 
 @pytest.mark.parametrize("newer", [State.REAPING, State.LEASED])
