@@ -76,7 +76,8 @@ def test_eight_processes_lease_ten_each(pool: PoolServiceProxy, shared_service: 
     assert [client.returncode for client in clients] == [0] * 8
     names = [name for output in outputs for name in json.loads(output)]
     assert len(set(names)) == 80
-    eventually(lambda: len(pool.containers()) == 3 and pool.status().size == 3, "only what is warm is left")
+    pool.wait_ready()
+    eventually(lambda: [info.state for info in pool.containers()] == [State.WARM] * 3, "only what is warm is left")
     warm = {info.name for info in pool.containers()}
     assert {path.name for path in shared_service.containers.iterdir()} == warm
     assert not warm & set(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -15,9 +16,10 @@ def switches(pid: int) -> int:
     """Return how often the threads of a process have gone to sleep. Source: proc_pid_status(5)."""
     total = 0
     for thread in os.listdir(f"/proc/{pid}/task"):
-        for line in Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            total += int(value) if name == "voluntary_ctxt_switches" else 0
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            for line in Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines():
+                name, _, value = line.partition(":")
+                total += int(value) if name == "voluntary_ctxt_switches" else 0
     return total
 
 

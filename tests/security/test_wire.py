@@ -38,7 +38,7 @@ def service() -> Iterator[MemoryService]:
     with memory_service(2) as service:
         service.reaches(size=2)
         yield service
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # what an earlier test has left to the collector may be closed meanwhile
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from lxc_pool.errors import LxcPoolError
 from lxc_pool.host import idranges
 from lxc_pool.service import audit
 from tests.support.real_service import Service
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE, eventually
 
 HEALED = 10.0
 """Seconds from the end of a fault until the pool is full again. The promise is "within seconds"; it takes one."""
@@ -75,7 +75,7 @@ class Footprint:
         return cls(len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")))
 
 
-def assert_no_larger(pid: int, before: Footprint, within: float = 5.0) -> None:
+def assert_no_larger(pid: int, before: Footprint, within: float = PATIENCE) -> None:
     """Assert that a process's footprint is what it was, or comes to be."""
     seen: list[Footprint] = []
 

@@ -8,8 +8,12 @@ import select
 import time
 from collections.abc import Callable, Iterator
 
+PATIENCE = 60.0
+"""Seconds: a guess, many times what anything here takes; the machine may be loaded, and who waits no longer than needed
+loses nothing by a long limit."""
 
-def eventually(condition: Callable[[], object], what: str, timeout: float = 10.0) -> None:
+
+def eventually(condition: Callable[[], object], what: str, timeout: float = PATIENCE) -> None:
     """Wait until *condition* is true, where nothing tells when it has become so."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -27,7 +31,7 @@ def pidfd(pid: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def ends(descriptor: int, timeout: float = 10.0) -> bool:
+def ends(descriptor: int, timeout: float = PATIENCE) -> bool:
     """Wait for the end of a process by its pidfd; return whether it came."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)

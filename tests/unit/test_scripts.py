@@ -288,7 +288,8 @@ def test_tox_has_an_environment_for_each_check_and_python_and_judges_the_coverag
     assert tox["tox"]["env_list"].split(", ") == ["lint", "types", "imports", "py311", "py312", "py313"]
     assert tox["tox"]["skip_missing_interpreters"] == "true"
     *_, report = tox["testenv"]["commands"].splitlines()
-    assert re.fullmatch(r"coverage report --fail-under=\{env:\w+:(9\d)\}", report)
+    # With the Python that runs everything; the others run a part.
+    assert re.fullmatch(r"py311: coverage report --fail-under=\{env:\w+:(9\d)\}", report)
     coverage = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["coverage"]["run"]
     assert coverage["branch"]
     assert coverage["source"] == ["lxc_pool"]
