@@ -54,6 +54,7 @@ class Inside:
         """
         self._deadline = deadline
         self._has_begun = False
+        self._can_not_begin = False
         self._fds: list[int] = []
         theirs: list[int] = []
         ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -97,6 +98,7 @@ class Inside:
         if event is None:
             raise Late
         if isinstance(event, Failed):
+            self._can_not_begin = True
             raise _as_error(event)
         self._has_begun = True
 
@@ -177,7 +179,8 @@ class Inside:
             os.close(fd)
         self._fds.clear()
         try:
-            if not self._control.closed and not self._control.ended:
+            # Of one that can't begin nothing is left by the time that this is told, nor will more be told of it.
+            if not self._control.closed and not self._control.ended and not self._can_not_begin:
                 with contextlib.suppress(ExecFailed):
                     self._control.signal(signal.SIGTERM)
                     if self._control.await_exit(GRACE) is None:

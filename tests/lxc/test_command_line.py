@@ -99,6 +99,7 @@ def test_an_administrator_resizes_drains_resumes_and_stops(service: Service) -> 
     service.assert_clean()
 
 
+@pytest.mark.host  # the program waits five seconds, with any Python
 def test_without_a_service_the_status_is_3(service: Service) -> None:
     with ThreadPoolExecutor() as threads:  # since each waits for one to come
         status, stop, run = threads.map(lambda words: service.cli(*words), (["status"], ["stop"], ["run", "true"]))

@@ -22,6 +22,8 @@ from benchmarks.lab import LabError
 from benchmarks.report import Claim, Outcome, Report, Sense
 from lxc_pool.host import cgroups
 
+pytestmark = pytest.mark.host
+
 needs_lxc = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("lxc-copy") is None, reason="needs root and lxc")
 
 ROOT = Path(__file__).resolve().parents[2]

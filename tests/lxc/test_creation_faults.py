@@ -12,6 +12,8 @@ from tests.support.real_service import Service
 from tests.support.starter import Starter
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.host
+
 
 def assert_nothing_is_half_made(service: Service, pool: PoolServiceProxy) -> None:
     """Assert that the host has the pool's containers, and no part of any other."""

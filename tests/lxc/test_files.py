@@ -449,7 +449,10 @@ def test_what_progress_raises_ends_it(container: Container, tree: Path, tmp_path
     assert os.listdir(tmp_path) == ["tree"]
 
 
-def test_a_timeout_leaves_nothing(files_service: Service, container: Container, tmp_path: Path) -> None:
+def test_a_timeout_leaves_nothing(
+    files_service: Service, container: Container, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lxc_pool.client.inside.GRACE", 0.2)  # one that is stopped makes no use of it
     (tmp_path / "long").write_bytes(bytes(4 * MIB))
     os.mkdir(tmp_path / "out")
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from lxc_pool.client import files
-from lxc_pool.client.inside import Launch
+from lxc_pool.client.inside import Inside, Launch
 from lxc_pool.errors import ExecFailed, UnknownLease
 from lxc_pool.execution import operations
 from lxc_pool.execution.frames import DIRECTORY, DONE, END, FILE, SPECIAL
 from lxc_pool.execution.protocol import (
+    MAX_EVENT,
     ExecRequest,
     Exited,
     Failed,
@@ -221,6 +222,24 @@ def test_the_names_of_what_is_left_out_do_not_fill_the_memory(supervisors: Super
     copied = files.pull(launch, "/x", tmp_path / "out")
     assert copied.entry_count == 101
     assert 0 < sum(map(len, copied.skipped)) <= files.MAX_NAMED
+
+
+def test_what_can_not_begin_is_not_told_to_end_or_waited_for() -> None:
+    supervisors: list[socket.socket] = []
+
+    def launch(_request: ExecRequest, descriptors: tuple[int, int, int, int]) -> None:
+        supervisors.append(socket.socket(fileno=os.dup(descriptors[3])))
+        supervisors[0].send(Failed(errno.EOPNOTSUPP, "mount", "no such owners").encode())
+
+    inside = Inside(launch, ExecRequest.for_operation("unmount", b"/x"), None)
+    try:
+        with pytest.raises(OSError, match="no such owners"):
+            inside.await_begin()
+    finally:
+        inside.close()
+    with supervisors[0] as supervisor:
+        supervisor.settimeout(10)
+        assert supervisor.recv(MAX_EVENT) == b""
 
 
 def test_a_refused_launch_is_the_callers_to_see(supervisors: Supervisors, tree: Path, tmp_path: Path) -> None:
