@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ lxc.cap.drop = sys_module sys_time
 _IDMAP = f"lxc.idmap = u 0 {SHIFT} 65536\nlxc.idmap = g 0 {SHIFT} 65536\n"
 _SECCOMP = "2\ndenylist\nkexec_load errno 1\nmkdir errno 95\nmkdirat errno 95\n"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_NUMBERS = itertools.count(1)
 
 
 def make_rootfs(path: Path, *, shift: int = 0) -> None:
@@ -118,7 +120,7 @@ class ExecContainer:
         return [place / name for place in (root, *root.iterdir()) if (place / name).is_dir()]
 
     def stop(self) -> None:
-        """Kill the container, and wait until its monitor has cleaned up."""
+        """Kill the container, and wait until it has stopped; its monitor may still be removing the cgroups."""
         subprocess.run(
             ["lxc-stop", "-P", str(self.lxcpath), "-n", self.name, "-k"],
             check=False,
@@ -131,7 +133,12 @@ class ExecContainer:
 def running(
     directory: Path, name: str, launcher: Launcher, *, idmapped: bool = False, seccomp: bool = False, extra: str = ""
 ) -> Iterator[ExecContainer]:
-    """Run a container below *directory*, which has to be reachable by the shifted root."""
+    """Run a container below *directory*, which has to be reachable by the shifted root.
+
+    Its name is *name* with a number: the monitor of one that has stopped removes cgroups by their name, and would take
+    those of the next one of that name.
+    """
+    name = f"{name}-{next(_NUMBERS)}"
     shift = SHIFT if idmapped else 0
     lower, lxcpath = directory / f"lower-{shift}", directory / "lxc"
     if not lower.exists():
