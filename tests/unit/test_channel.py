@@ -260,7 +260,7 @@ def test_a_broken_off_connection_wakes_whoever_waits_on_it() -> None:
         waiter = threading.Thread(target=wait)
         waiter.start()
         channel.break_off()
-        waiter.join(5)
+        waiter.join(30)
         assert caught
 
 
