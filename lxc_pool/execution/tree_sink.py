@@ -1,8 +1,8 @@
 """Making a file or tree of the frames that come.
 
 Something new is made under another name beside its place, and renamed once all of it is there; where a tree is merged
-into one that exists, each file is. Every name is created relative to the descriptor of its directory, with O_NOFOLLOW
-and O_EXCL (or mkdir, symlink, rename, which follow none), so that neither what comes, nor who plants links meanwhile,
+into one that exists, each file is. Every name is created relative to the descriptor of its directory, with O_EXCL
+(or mkdir, symlink, rename, which follow none), so that neither what comes, nor who plants links meanwhile,
 leads anything elsewhere. Permissions, owner and time are set by descriptor, and those of a directory at last.
 """
 
@@ -40,7 +40,7 @@ PERMISSIONS = 0o777
 STICKY = 0o1000
 """What is kept of a directory's besides."""
 
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC  # O_EXCL follows no link either, open(2)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LATEST = 2**63 - 1
 

@@ -187,8 +187,10 @@ def test_special_files_are_left_out_and_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/null", path)])
 def test_a_special_file_itself_can_t_be_sent(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "x")
-    with pytest.raises(OSError, match="neither a file nor a directory") as caught:
-        sent(tmp_path / "x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", lambda *_: pytest.fail("opening a device may do something"))
+        with pytest.raises(OSError, match="neither a file nor a directory") as caught:
+            sent(tmp_path / "x")
     assert caught.value.filename == bytes(tmp_path / "x")
 
 
@@ -520,7 +522,7 @@ def tricks(outside: bytes) -> dict[str, bytes]:
         "more than one root": ROOT + CLOSE + ROOT,
         "hole backwards": ROOT + frame(FILE, body(b"x")) + frame(HOLE, struct.pack("<q", -5)),
         "hole beyond all": ROOT + frame(FILE, body(b"x")) + frame(HOLE, struct.pack("<q", 2**63 - 1)) * 2,
-        "too deep": ROOT + deep,
+        "too deep": ROOT + deep + CLOSE * (trees.MAX_DEPTH + 5),
         "impossible mode": ROOT + frame(FILE, body(b"x", 0o170000)),
         "unknown frame": ROOT + frame(77),
         "long frame": ROOT + frame(DATA, length=2**31),
@@ -556,6 +558,86 @@ def test_a_hostile_stream_gets_nothing(tmp_path: Path, trick: str, merge: bool) 
     assert not [name for name in left if name.startswith(".lxc_pool") or "evil" in name]
     if not merge:
         assert os.listdir(tmp_path / "there") == []
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("open_umask")
+@pytest.mark.parametrize("anonymous", [False, True])
+def test_what_is_not_complete_is_closed_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anonymous: bool
+) -> None:
+    """Whoever opens it before it has its permissions goes on reading what they would close."""
+    real, seen = os.fchmod, []
+
+    def fchmod(fd: int, mode: int) -> None:
+        seen.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        real(fd, mode)
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    receive(a_file(b"") + FINISH, tmp_path / "file", anonymous=anonymous)
+    receive(ROOT + a_file(b"x") + a_directory(b"d") + CLOSE + FINISH, tmp_path / "new", anonymous=anonymous)
+    assert seen == [0o600, 0o600, 0o700, 0o700]
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_missing_directories_are_not_for_all_to_write_to(tmp_path: Path) -> None:
+    os.close(trees.find_place(bytes(tmp_path / "a/b/x"), b"", parents=True).directory)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b")] == [0o755, 0o755]
+
+
+def test_a_tree_over_a_file_is_refused_before_anything_comes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        receive(ROOT, tmp_path / "file")
+
+
+def test_a_file_takes_the_place_of_a_link_to_a_directory_when_merged(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named/x").symlink_to(tmp_path / "victim")
+    receive(ROOT + a_file(b"x", b"words") + CLOSE + FINISH, tmp_path, merge=True)
+    assert (tmp_path / "named/x").read_text() == "words"
+    assert not (tmp_path / "named/x").is_symlink()
+
+
+def test_holes_can_not_lead_beyond_what_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "lseek", lambda _fd, position, _whence: position)  # as xfs and btrfs: no limit below 2^63
+    hole = frame(HOLE, struct.pack("<q", 2**63 - 1))
+    with pytest.raises(OSError, match="File too large"):
+        receive(frame(FILE, body(b"")) + hole + hole + frame(END) + FINISH, tmp_path / "file")
+
+
+def test_removal_is_not_led_elsewhere_by_a_link_that_has_taken_a_directorys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "victim/inner").mkdir(parents=True)
+    (tmp_path / "victim/file").write_text("mine")
+    (tmp_path / "tree/d").mkdir(parents=True)
+    real = os.unlink
+
+    def unlink(name: bytes, *, dir_fd: int) -> None:
+        try:
+            real(name, dir_fd=dir_fd)
+        except IsADirectoryError:
+            if name == b"d":
+                (tmp_path / "tree/d").rename(tmp_path / "moved")
+                (tmp_path / "tree/d").symlink_to(tmp_path / "victim")
+            raise
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        trees.remove(descriptor, b"tree")
+    finally:
+        os.close(descriptor)
+    assert (tmp_path / "moved").is_dir()
+    assert sorted(os.listdir(tmp_path / "victim")) == ["file", "inner"]
 
 
 @pytest.mark.parametrize("anonymous", [False, True])
@@ -628,6 +710,25 @@ def test_an_overlay_that_does_not_rename_directories(
     monkeypatch.setattr(os, "rename", rename)
     assert listing(receive(sent(tree), tmp_path / "new")) == listing(tree)
     assert sorted(os.listdir(tmp_path)) == ["new", "tree"]
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_one_that_is_moved_there_name_by_name_is_closed_until_it_is_complete_and_removed_if_it_can_not_be(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, seen = sent(tree), []
+
+    def rename(_old: bytes, _new: bytes, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        if src_dir_fd == dst_dir_fd:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        seen.append(stat.S_IMODE(os.fstat(dst_dir_fd).st_mode))
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="No space left"):
+        receive(data, tmp_path / "new")
+    assert seen == [0o700]
+    assert os.listdir(tmp_path) == ["tree"]
 
 
 def test_removal_takes_trees_and_goes_on_past_what_resists(tree: Path, tmp_path: Path) -> None:
