@@ -163,9 +163,7 @@ class TreeSink:
         there = place.type()
         if there == stat.S_IFDIR and not self._policy.merge:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), place.path)
-        if there not in (0, stat.S_IFDIR):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), place.path)
-        if there:
+        if there:  # a file or link is refused here
             fd = os.open(place.name, _DIRECTORY, dir_fd=place.directory)
             self._levels.append(_Level(fd, b"", None, existed=True))
             self._receive_entries()
