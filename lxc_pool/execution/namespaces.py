@@ -36,8 +36,6 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
-_PR_CAP_AMBIENT = 47
-_PR_CAP_AMBIENT_CLEAR_ALL = 4
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 _PTRACE_DETACH = 17
@@ -155,10 +153,9 @@ def missing_capabilities(bounding: int) -> tuple[int, ...]:
 
 
 def limit_capabilities(dropped: tuple[int, ...]) -> None:
-    """Drop capabilities from the bounding set, and empty the inheritable and the ambient set."""
+    """Drop capabilities from the bounding set, and empty the inheritable set, hence the ambient one: capabilities(7)."""
     for capability in dropped:
         _prctl(_PR_CAPBSET_DROP, capability)
-    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
     data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable of bits 0-31, then of bits 32-63
     _check(_libc.capget(header, data), "capget")

@@ -149,7 +149,20 @@ def test_a_command_is_closed_before_its_program_runs(
         with held(container, request, null) as pid:
             for who in {0, user}:
                 assert seen_inside(container, pid, who) == ["there"]
+            assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2", "3"]  # its streams, and where it reports
     finally:
+        os.close(null)
+
+
+def test_a_commands_umask_is_not_the_services(container: ExecContainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespaces, "die_with_parent", stopping(namespaces.die_with_parent))
+    null = os.open(os.devnull, os.O_RDONLY)
+    before = os.umask(0)
+    try:
+        with held(container, ExecRequest(("sleep", "1000"), env={}), null) as pid:
+            assert "Umask:\t0022\n" in Path(f"/proc/{pid}/status").read_text()
+    finally:
+        os.umask(before)
         os.close(null)
 
 

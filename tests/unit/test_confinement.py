@@ -1,13 +1,16 @@
-"""A command takes on the AppArmor profile of the container's init; what the kernel says was recorded on Debian 12."""
+"""A command takes on the walls of init, its AppArmor profile too; what the kernel says was recorded on Debian 12."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+from pathlib import Path
 
 import pytest
 
-from lxc_pool.execution import confinement
+from lxc_pool.execution import confinement, namespaces
 from lxc_pool.execution.confinement import Changes, Confinement, Reading
+from tests.support.processes import in_child
 
 
 def read(monkeypatch: pytest.MonkeyPatch, said: str | None) -> Confinement:
@@ -54,3 +57,31 @@ def test_a_profile_that_can_not_be_put_on_is_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(confinement, "_write", refuse)
     with pytest.raises(FileNotFoundError):
         read(monkeypatch, "lxc-container-default-cgns (enforce)\n").apply_outside(Changes((), None))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_nothing_that_lends_rights_is_taken_inside() -> None:
+    """Neither a session keyring of the host's, nor capabilities that a program has without asking for them."""
+
+    def session_keyring() -> int:
+        return int(libc.syscall(ctypes.c_long(namespaces._KEYCTL or -1), *map(ctypes.c_long, (0, -3, 0))))
+
+    def apply() -> tuple[bool, list[str]]:
+        namespaces.new_session_keyring()  # the host's
+        before = session_keyring()
+        header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        libc.capget(header, data)
+        data[2] = data[1]
+        libc.capset(header, data)
+        libc.prctl(47, 2, 0, 0, 0)  # PR_CAP_AMBIENT_RAISE, CAP_CHOWN
+        lent = capabilities()[1]
+        walls.apply_inside()
+        return before < 0 or session_keyring() != before, [lent, *capabilities()]
+
+    def capabilities() -> list[str]:
+        status = Path("/proc/self/status").read_text("ascii")
+        return [status.partition(f"{name}:\t")[2].split("\n")[0].lstrip("0") for name in ("CapInh", "CapAmb")]
+
+    libc = ctypes.CDLL(None)
+    walls = Confinement(0, False, (), False, (), (), "0", None)
+    assert in_child(apply) == (True, ["1", "", ""])
