@@ -153,7 +153,7 @@ def missing_capabilities(bounding: int) -> tuple[int, ...]:
 
 
 def limit_capabilities(dropped: tuple[int, ...]) -> None:
-    """Drop capabilities from the bounding set, and empty the inheritable set, hence the ambient one: capabilities(7)."""
+    """Drop capabilities from the bounding set, and empty the inheritable set, so the ambient one: capabilities(7)."""
     for capability in dropped:
         _prctl(_PR_CAPBSET_DROP, capability)
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
