@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from lxc_pool.host.ends import lives, open_end, send
-from lxc_pool.host.processes import ProcessIdentity, boot_id, has_executed, identify, is_our_own
+from lxc_pool.host.processes import ProcessIdentity, boot_id, has_executed, identify, is_our_own, printable
 
 VARIABLE = "LXC_POOL_SERVICE"
 """In the environment: `INSTANCE:PID:START_TICKS` of the service."""
@@ -38,7 +38,7 @@ class OwnProcess:
 
     Attributes:
         service: Whose it is.
-        words: What it runs, for people.
+        words: What it runs, for people; whoever has a set-uid program do so says what that is called.
         serves: The pids of the processes that it holds on to, if it was forked for that: of containers' inits, while
             there may be commands in them. None once somebody has stopped it and there are no commands left.
     """
@@ -129,7 +129,7 @@ def _look_at(pid: int, instance: str) -> OwnProcess | None:
     supervisor = psutil.Process(pid)
     idle = supervisor.status() == psutil.STATUS_STOPPED and not supervisor.children()
     serves = frozenset() if idle or has_executed(identity) else frozenset(_held(place))
-    return OwnProcess(identity, service, words[:80], serves) if identify(pid) == identity else None
+    return OwnProcess(identity, service, printable(words[:80]), serves) if identify(pid) == identity else None
 
 
 def _held(place: Path) -> Iterator[int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lxc_pool.host import own_processes
 from lxc_pool.host.processes import (
     ProcessIdentity,
     describe_tree,
@@ -245,3 +246,18 @@ def test_a_process_is_our_own_by_all_its_uids_and_namespaces() -> None:
             ours = is_our_own(process.pid)
             process.kill()
         assert not ours
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be nobody else's")
+def test_what_bears_a_services_mark_says_nothing_that_a_terminal_obeys() -> None:
+    """The mark is a word in the environment: a set-uid program that becomes root by all its uids has its caller's."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mark = {own_processes.VARIABLE: f"c0ffee:{gone.pid}:1"}
+    command = ["sh", "-c", "echo; read x", "\x1b]0;mine\x07"]
+    with subprocess.Popen(command, env=mark, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (found,) = own_processes.left("c0ffee")
+        process.kill()
+    assert found.words == "sh -c echo; read x ?]0;mine?"
