@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import select
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import threading
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +30,8 @@ from lxc_pool.errors import ExecFailed
 from lxc_pool.execution import packets
 from lxc_pool.execution.protocol import ExecRequest
 from lxc_pool.execution.supervisor import HEADER
+
+log = logging.getLogger(__name__)
 
 SEND_TIMEOUT = 5.0
 """Seconds that agent or supervisor may leave a packet unread before it counts as hung and is replaced. A guess."""
@@ -85,12 +92,36 @@ def check_mountable(fd: int) -> None:
         raise ValueError(f"what is to be mounted has to be opened with O_PATH, descriptor {fd} was not")
 
 
+class _Unread:
+    """Tell since when the other side of a connection has read nothing, though there is something for it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._bytes = 0
+        self._since = 0.0
+
+    def look(self) -> float:
+        """Return for how many seconds that is so; 0: it has read since, or there is nothing. To be called often."""
+        unread, now = _unread_bytes(self._connection), time.monotonic()
+        if unread < self._bytes or not unread:
+            self._since = now
+        self._bytes = unread
+        return now - self._since if unread else 0.0
+
+    def send(self, payload: bytes, fds: list[int]) -> None:
+        """Send it; raises what `packets.send` does."""
+        self.look()
+        packets.send(self._connection, payload, fds)
+        self._bytes = _unread_bytes(self._connection)
+
+
 class _Line:
     """The connection to a supervisor. `lock` guards it: what one thread sends to is not closed by another."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.lock = threading.Lock()
         self.connection: socket.socket | None = connection
+        self.unread = _Unread(connection)
 
     def close(self) -> None:
         with self.lock:
@@ -102,14 +133,20 @@ class _Line:
 class Launcher:
     """Start commands in containers.
 
-    Threads: any. `_lock` guards `_agent`, `_connection`, `_lines`, `_closed`, and sending to the agent; each line has
-    its own, so that one user's supervisor that hangs keeps nobody else waiting. A packet takes microseconds;
-    SEND_TIMEOUT at most, if the other side hangs.
+    Threads: any. `_lock` guards `_agent`, `_connection`, `_agent_unread`, `_lines`, `_closed`, and sending to the
+    agent; each line has its own, so that one user's supervisor that hangs keeps nobody else waiting. A packet takes
+    microseconds; SEND_TIMEOUT at most, if the other side hangs.
     """
 
-    def __init__(self) -> None:
-        """Start nothing; `open` or `with` does, and the agent comes with the first command."""
+    def __init__(self, later: Callable[[float, Callable[[], None]], object] = lambda _seconds, _act: None) -> None:
+        """Start nothing; `open` or `with` does, and the agent comes with the first command.
+
+        Args:
+            later: Calls something in so many seconds, on a thread that must not wait.
+        """
+        self._later = later
         self._lock = threading.Lock()
+        self._agent_unread: _Unread | None = None
         self._agent: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._lines: dict[int, _Line] = {}  # by the user's id
@@ -177,7 +214,7 @@ class Launcher:
         try:
             if line.connection is not None and _takes_more(line.connection):
                 with contextlib.suppress(OSError):  # whoever sends a command will see
-                    packets.send(line.connection, HEADER.pack(pid), [pidfd])
+                    line.unread.send(HEADER.pack(pid), [pidfd])
         finally:
             line.lock.release()
 
@@ -224,9 +261,18 @@ class Launcher:
             try:
                 with line.lock:
                     if line.connection is not None:
-                        packets.send(line.connection, payload, [*fds, pidfd])
+                        if (seconds := line.unread.look()) > SEND_TIMEOUT:
+                            raise TimeoutError(f"it has read nothing for {seconds:.0f} s")
+                        line.unread.send(payload, [*fds, pidfd])
                         return
-            except (ConnectionError, TimeoutError):
+            except (ConnectionError, TimeoutError) as exc:
+                if isinstance(exc, TimeoutError):
+                    log.warning(
+                        "the supervisor of uid %s's commands hangs (stopped?): another one takes the next, those that "
+                        "it has wait for it; %s",
+                        uid,
+                        exc,
+                    )
                 line.close()
             with self._lock:
                 if self._lines.get(uid) is line:
@@ -248,23 +294,47 @@ class Launcher:
             try:
                 if self._connection is None:
                     self._agent, self._connection = _start()
+                    self._agent_unread = _Unread(self._connection)
                 ours, its = packets.pair()
             except OSError as exc:
                 raise ExecFailed(f"the agent that runs commands can't be started: {exc}") from exc
             ours.settimeout(SEND_TIMEOUT)
             with its:
                 try:
-                    packets.send(self._connection, b"", [its.fileno()])
+                    assert self._agent_unread is not None, "the agent runs"
+                    self._agent_unread.send(b"", [its.fileno()])
                 except (ConnectionError, TimeoutError):
                     ours.close()
                     self._end_agent(0)
                 else:
+                    self._later(SEND_TIMEOUT / 2, self._look_after_agent)
                     return ours
         raise ExecFailed("the agent that runs commands ends at once; its error is on the service's stderr")
+
+    def _look_after_agent(self) -> None:
+        """Kill an agent that hangs, so that whoever waits for it hears of that; the next command has another started.
+
+        It is called until the agent has read what there is for it. It does not wait.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._agent is None or self._agent_unread is None:
+                    return
+                seconds = self._agent_unread.look()
+                if not seconds:
+                    return
+                if seconds >= SEND_TIMEOUT:
+                    log.warning("the agent that runs commands, %s, hangs (stopped?): it is killed", self._agent.pid)
+                    self._agent.kill()
+                    return
+            finally:
+                self._lock.release()
+        self._later(SEND_TIMEOUT / 2, self._look_after_agent)
 
     def _end_agent(self, timeout: float) -> None:
         """Let the agent end by closing its connection; kill it if it has not after *timeout* seconds."""
         agent, connection, self._agent, self._connection = self._agent, self._connection, None, None
+        self._agent_unread = None
         if agent is None or connection is None:
             return
         with connection:
@@ -276,6 +346,12 @@ class Launcher:
             if not poller.poll(timeout * 1000):
                 agent.kill()
         agent.wait()
+
+
+def _unread_bytes(connection: socket.socket) -> int:
+    """Return how much of what was sent is not read yet; bytes of the kernel's memory. Source: Linux, unix_outq_len."""
+    (unread,) = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
+    return int(unread)
 
 
 def _takes_more(connection: socket.socket) -> bool:

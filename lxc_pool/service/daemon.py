@@ -133,7 +133,7 @@ def serve(
         sweeper.wake()
         dispatcher.open()
         stack.callback(dispatcher.close)
-        launcher = Launcher()
+        launcher = Launcher(lambda seconds, act: watchdog.call_at(watchdog.now() + seconds, act))
         launcher.open()
         stack.callback(launcher.close)
         server = listen(host_dir, key)
