@@ -26,7 +26,7 @@ import psutil
 
 from lxc_pool.errors import DestroyFailed
 from lxc_pool.host import cgroup_tree
-from lxc_pool.host.processes import MISSING
+from lxc_pool.host.processes import MISSING, is_init
 
 _V1_FLAGS = frozenset({"ro", "rw", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"})
 """What a version 1 mount lists beside its controllers. Source: kernel/cgroup/cgroup-v1.c, cgroup1_show_options."""
@@ -149,11 +149,26 @@ def payload_cgroups(
     if trees is None:
         trees = hierarchies()
     directory = f"lxc.payload.{name}"
-    found = tuple(path for tree in trees if (path := tree.mount_point / directory).is_dir())
+    found = tuple(Path(place) for tree in trees if os.path.isdir(place := f"{tree.mount_point}/{directory}"))
     if len(found) == len(trees):
         return found
     bases = _bases(trees, (_read("/proc/1/cgroup") if membership is None else membership,))
     return tuple(path for base in bases if (path := base / directory).is_dir())
+
+
+def init_of(directories: Sequence[Path]) -> int | None:
+    """Return the init of the container whose cgroups these are; None: it has ended.
+
+    Raises:
+        OSError: They can't be looked into.
+    """
+    for directory in directories:
+        # It may have moved below, as systemd does; mostly it has not yet.
+        for find in (cgroup_tree.own_pids, cgroup_tree.pids):
+            for pid in sorted(find(directory)):
+                if is_init(pid):
+                    return pid
+    return None
 
 
 def task_count(name: str) -> int | None:

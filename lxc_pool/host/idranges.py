@@ -49,7 +49,6 @@ def take(
         CloneFailed: None is free.
         OSError: The registry can't be written.
     """
-    registry.mkdir(mode=0o700, exist_ok=True)
     already = taken(registry=registry)
     given_away = list(_subordinate_ids(subids))
     # Multiples of the size alone, or those of services with different bases could overlap.
@@ -59,7 +58,11 @@ def take(
         if unless(first):
             continue
         try:
-            _write_new(registry, str(first), holder)
+            try:
+                _write_new(registry, str(first), holder)
+            except FileNotFoundError:
+                registry.mkdir(mode=0o700, exist_ok=True)
+                _write_new(registry, str(first), holder)
         except FileExistsError:
             continue  # another lane or service was faster
         return first
@@ -132,7 +135,9 @@ def _subordinate_ids(files: Iterable[Path]) -> Iterator[tuple[int, int]]:
     """Go through the ranges that the host has given to its users. Source: subuid(5)."""
     for file in files:
         with contextlib.suppress(FileNotFoundError):
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                fields = line.split(":")
-                if len(fields) == 3 and fields[1].isdecimal() and fields[2].isdecimal():
+            with open(file, "rb", buffering=0) as ranges:
+                lines = ranges.readall().splitlines()
+            for line in lines:
+                fields = line.split(b":")
+                if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
                     yield int(fields[1]), int(fields[1]) + int(fields[2])

@@ -99,6 +99,19 @@ def is_our_own(pid: int) -> bool:
     )
 
 
+def is_init(pid: int) -> bool:
+    """Return whether a process is the first of a pid namespace right below that of this process's /proc.
+
+    Source: proc_pid_status(5), NSpid.
+    """
+    try:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+            status = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return f"\nNSpid:\t{pid}\t1\n".encode() in status
+
+
 def printable(text: str) -> str:
     """Return *text* without what a terminal obeys: whoever runs a process says what its command line is."""
     return "".join(character if character.isprintable() else "?" for character in text)
@@ -216,7 +229,8 @@ def die_at_end_of(descriptor: int) -> None:
 def _stat(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat from the third on: [0] state, [6] flags, [19] start time."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            text = file.read()
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessLookupError(f"there is no process {pid}") from error
-    return text.rpartition(")")[2].split()
+    return text.rpartition(b")")[2].decode("ascii").split()

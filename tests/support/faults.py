@@ -17,7 +17,7 @@ import shutil
 import signal
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,8 +135,8 @@ class FaultyBackend(LxcBackend):
         super()._start(blueprint, directory)
         self._faults.suffer("started")
 
-    def _await_init(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
-        init = super()._await_init(blueprint, directory)
+    def _await_init(self, blueprint: Blueprint, directory: Path, directories: Sequence[Path]) -> ProcessIdentity:
+        init = super()._await_init(blueprint, directory, directories)
         self._faults.suffer("probing")
         return init
 

@@ -13,7 +13,7 @@ from lxc_pool.backend.lxc import container_config
 from lxc_pool.backend.lxc.engine import LxcBackend
 from lxc_pool.backend.protocol import Blueprint
 from lxc_pool.config import ProfileConfig
-from lxc_pool.host import apparmor, setup
+from lxc_pool.host import apparmor, idranges, setup
 from lxc_pool.images.store import Image
 
 IMAGE = Image("busybox", "1", Path("/nonexistent"), 0, 0.0, "")
@@ -108,6 +108,7 @@ class Kernel:
         self.backend._clone(Blueprint("c1", ProfileConfig("default", 1, privileged=privileged), IMAGE, 0.0), directory)
         text = (directory / "config").read_text()
         shutil.rmtree(directory)
+        idranges.give_back(str(directory))
         return next((line.split(" = ")[1] for line in text.splitlines() if "apparmor" in line), None)
 
 

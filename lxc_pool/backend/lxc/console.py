@@ -39,10 +39,15 @@ def settings(directory: Path, ptys: Path = _PTYS) -> list[tuple[str, str]]:
         directory: The container's.
         ptys: The kernel's counts. Source: Linux Documentation/filesystems/devpts.rst.
     """
-    used, most, reserved = (int((ptys / name).read_text(encoding="ascii")) for name in ("nr", "max", "reserve"))
+    used, most, reserved = (_number(f"{ptys}/{name}") for name in ("nr", "max", "reserve"))
     if used + _SPARE > most - reserved:
         return [("lxc.console.path", "none")]
     return [("lxc.console.logfile", str(directory / _FILE)), ("lxc.console.size", str(SIZE))]
+
+
+def _number(file: str) -> int:
+    with open(file, "rb", buffering=0) as content:
+        return int(content.read())
 
 
 def read(directory: Path) -> bytes:

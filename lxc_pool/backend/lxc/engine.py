@@ -15,7 +15,6 @@ import functools
 import logging
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -52,6 +51,9 @@ _EXEC_PAUSE = 0.0005
 
 _END_TIMEOUT = 2
 """Seconds, in whole ones, for a monitor to end after its init; it takes a millisecond (measured)."""
+
+_DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+"""What lxc-start is to treat by default, for init inherits that: Python ignores SIGPIPE and a worker ignores SIGINT."""
 
 _ENVIRONMENT = {"PATH": "/nonexistent"}
 """Of lxc-start. With newuidmap on PATH liblxc uses it, which takes 1.8 times as long and knows /etc/subuid only."""
@@ -192,9 +194,10 @@ class LxcBackend:
             if not blueprint.image.rootfs.is_dir():
                 raise ImageError(f"base image {blueprint.image.ref} is gone: {error}") from error
             raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
-        init = self._await_init(blueprint, directory)
+        directories = cgroups.payload_cgroups(blueprint.name, self._cgroup_trees)
+        init = self._await_init(blueprint, directory, directories)
         try:
-            self._confine(blueprint)
+            self._confine(blueprint, directories)
         except StartFailed:
             self._require_running(blueprint, directory, init)  # or that is why
             raise
@@ -203,12 +206,11 @@ class LxcBackend:
             self._probe(blueprint, command)
         return init
 
-    def _confine(self, blueprint: Blueprint) -> None:
+    def _confine(self, blueprint: Blueprint, directories: Sequence[Path]) -> None:
         """Check that the limits of a container that is up are in force, and close what liblxc leaves open."""
         if blueprint.endpoint is not None and blueprint.endpoint.isolated:
             _isolate(blueprint, blueprint.endpoint)
         trees = self._cgroup_trees or cgroups.hierarchies()
-        directories = cgroups.payload_cgroups(blueprint.name, trees)
         try:
             if wrong := limits.problems(blueprint.profile, directories):
                 raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
@@ -266,27 +268,28 @@ class LxcBackend:
         return self._user_namespaces[first_id]
 
     def _start(self, blueprint: Blueprint, directory: Path) -> None:
-        argv = [_program("lxc-start"), "-P", str(self.lxcpath), "-n", blueprint.name, "-d"]
+        argv = ["lxc-start", "-P", str(self.lxcpath), "-n", blueprint.name, "-d"]
         actions = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
-        # init inherits the starter's signal mask and what it ignores; Python ignores SIGPIPE and a worker ignores
-        # SIGINT.
-        pid = os.posix_spawn(
-            argv[0],
-            argv,
-            _ENVIRONMENT,
-            file_actions=actions,
-            setsigmask=(),
-            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-        )
+        try:
+            pid = os.posix_spawnp(
+                argv[0], argv, _ENVIRONMENT, file_actions=actions, setsigmask=(), setsigdef=_DEFAULT_SIGNALS
+            )
+        except FileNotFoundError as error:
+            raise StartFailed(
+                "lxc-start is not installed (Debian: `apt-get install lxc`), or not on the service's PATH"
+            ) from error
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status != 0:
             self._await_end(blueprint)
             raise StartFailed(f"{blueprint.name} did not start: {words(directory, f'lxc-start ended with {status}')}")
 
-    def _await_init(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
+    def _await_init(self, blueprint: Blueprint, directory: Path, directories: Sequence[Path]) -> ProcessIdentity:
         """Return the container's init once it runs its own program: the cheapest sign that it really runs."""
+        pid = cgroups.init_of(directories)  # as liblxc would say, in less than half the time
+        if pid is None:
+            raise self._stopped(blueprint, directory)
         try:
-            init = identify(binding.container(blueprint.name, self.lxcpath).init_pid)
+            init = identify(pid)
         except ProcessLookupError as error:
             raise self._stopped(blueprint, directory) from error
         while not self._require_running(blueprint, directory, init):
@@ -340,13 +343,6 @@ def _isolate(blueprint: Blueprint, endpoint: Endpoint) -> None:
         netlink.isolate(endpoint.port)
     except OSError as error:
         raise StartFailed(f"{blueprint.name} is up, but could not be isolated on the bridge: {error}") from error
-
-
-def _program(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        raise StartFailed(f"{name} is not installed (Debian: `apt-get install lxc`), or not on the service's PATH")
-    return path
 
 
 def words(directory: Path, otherwise: str) -> str:

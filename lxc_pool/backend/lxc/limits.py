@@ -45,7 +45,8 @@ def problems(profile: ProfileConfig, directories: Iterable[Path]) -> list[str]:
     found: dict[str, str] = {}
     for directory in directories:
         for file in _hierarchy(directory).limits:
-            found[file] = (directory / file).read_text(encoding="ascii").strip()
+            with open(f"{directory}/{file}", "rb", buffering=0) as limit:
+                found[file] = limit.read().decode("ascii").strip()
     bad = []
     for what, values in wanted.items():
         here = {file: value for file, value in values.items() if file in found}
@@ -71,12 +72,12 @@ def seal(profile: ProfileConfig, directories: Iterable[Path], trees: Iterable[cg
     Raises:
         OSError: The kernel refused.
     """
-    spared = {tree.mount_point for tree in trees if tree.is_named}
+    spared = tuple(f"{tree.mount_point}/" for tree in trees if tree.is_named)
     for directory in directories:
         hierarchy = _hierarchy(directory)
         if hierarchy.version == 2:
             (directory / "cgroup.max.descendants").write_text(str(_MOST_CGROUPS), encoding="ascii")
-        elif spared.isdisjoint(directory.parents):
+        elif not str(directory).startswith(spared):
             _take(directory)
         for file in hierarchy.swap:
             _overwrite(directory / file, str(0 if file == _SWAP else profile.memory))
@@ -112,16 +113,17 @@ class _Hierarchy(NamedTuple):
     swap: tuple[str, ...]
 
 
-_hierarchies: dict[Path, _Hierarchy] = {}
+_hierarchies: dict[str, _Hierarchy] = {}
 """What `_hierarchy` has found: a host keeps its own, and to look at all of them takes 0.5 ms of a start."""
 
 
 def _hierarchy(cgroup: Path) -> _Hierarchy:
     """Return what is known of the hierarchy that a container's cgroup is in."""
-    known = _hierarchies.get(cgroup.parent)
+    parent = os.path.dirname(cgroup)
+    known = _hierarchies.get(parent)
     if known is None:
         files = os.listdir(cgroup)
-        known = _hierarchies[cgroup.parent] = _Hierarchy(
+        known = _hierarchies[parent] = _Hierarchy(
             2 if "cgroup.max.descendants" in files else 1,
             tuple(file for file in _LIMITS if file in files),
             tuple(file for file in (_SWAP, _MEMORY_AND_SWAP) if file in files),
