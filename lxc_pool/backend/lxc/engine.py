@@ -127,7 +127,7 @@ class LxcBackend:
             raise StartFailed("this process is not open: its containers would have no seccomp policy")
         directory = self.lxcpath / blueprint.name
         try:
-            return self._create(blueprint, directory)
+            return self._create(blueprint, directory, self._cgroup_trees)
         except StartFailed as error:
             if said := console.last_words(directory):
                 raise StartFailed(f"{error}; its console's last words: {said}") from error
@@ -179,7 +179,7 @@ class LxcBackend:
             return tuple(sorted(name for name in os.listdir(self.lxcpath) if not name.startswith(".")))
         return ()
 
-    def _create(self, blueprint: Blueprint, directory: Path) -> ProcessIdentity:
+    def _create(self, blueprint: Blueprint, directory: Path, trees: Sequence[cgroups.Hierarchy]) -> ProcessIdentity:
         """Do what `create` does."""
         try:
             first_id = self._clone(blueprint, directory)
@@ -194,10 +194,10 @@ class LxcBackend:
             if not blueprint.image.rootfs.is_dir():
                 raise ImageError(f"base image {blueprint.image.ref} is gone: {error}") from error
             raise CloneFailed(f"can't clone {blueprint.name} from {blueprint.image.ref}: {error}") from error
-        directories = cgroups.payload_cgroups(blueprint.name, self._cgroup_trees)
+        directories = cgroups.payload_cgroups(blueprint.name, trees)
         init = self._await_init(blueprint, directory, directories)
         try:
-            self._confine(blueprint, directories)
+            _confine(blueprint, directories, trees)
         except StartFailed:
             self._require_running(blueprint, directory, init)  # or that is why
             raise
@@ -205,18 +205,6 @@ class LxcBackend:
         if command := blueprint.profile.probe or blueprint.image.probe:
             self._probe(blueprint, command)
         return init
-
-    def _confine(self, blueprint: Blueprint, directories: Sequence[Path]) -> None:
-        """Check that the limits of a container that is up are in force, and close what liblxc leaves open."""
-        if blueprint.endpoint is not None and blueprint.endpoint.isolated:
-            _isolate(blueprint, blueprint.endpoint)
-        trees = self._cgroup_trees or cgroups.hierarchies()
-        try:
-            if wrong := limits.problems(blueprint.profile, directories):
-                raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
-            limits.seal(blueprint.profile, directories, trees)
-        except OSError as error:
-            raise StartFailed(f"{blueprint.name} is up, but its cgroups could not be closed to it: {error}") from error
 
     def _clone(self, blueprint: Blueprint, directory: Path) -> int | None:
         """Make the container's directory; return the first of its ids, None if it is privileged."""
@@ -285,7 +273,10 @@ class LxcBackend:
 
     def _await_init(self, blueprint: Blueprint, directory: Path, directories: Sequence[Path]) -> ProcessIdentity:
         """Return the container's init once it runs its own program: the cheapest sign that it really runs."""
-        pid = cgroups.init_of(directories)  # as liblxc would say, in less than half the time
+        try:
+            pid = cgroups.init_of(directories)  # as liblxc would say, in less than half the time
+        except OSError as error:
+            raise StartFailed(f"{blueprint.name} is up, but can't be looked at: {error}") from error
         if pid is None:
             raise self._stopped(blueprint, directory)
         try:
@@ -335,6 +326,18 @@ class LxcBackend:
         failure = probe.run_until_success([*argv, "--", *command], deadline)
         if failure is not None:
             raise StartFailed(_printable(f"{blueprint.name} is up but its probe {list(command)} {failure}"))
+
+
+def _confine(blueprint: Blueprint, directories: Sequence[Path], trees: Sequence[cgroups.Hierarchy]) -> None:
+    """Check that the limits of a container that is up are in force, and close what liblxc leaves open."""
+    if blueprint.endpoint is not None and blueprint.endpoint.isolated:
+        _isolate(blueprint, blueprint.endpoint)
+    try:
+        if wrong := limits.problems(blueprint.profile, directories):
+            raise StartFailed(f"{blueprint.name} is up without its limits: {'; '.join(wrong)}")
+        limits.seal(blueprint.profile, directories, trees)
+    except OSError as error:
+        raise StartFailed(f"{blueprint.name} is up, but its cgroups could not be closed to it: {error}") from error
 
 
 def _isolate(blueprint: Blueprint, endpoint: Endpoint) -> None:
